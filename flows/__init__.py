@@ -1,0 +1,1 @@
+"""What runs, in which order: flows, their configuration and the command line."""

@@ -1,0 +1,1 @@
+"""Where it runs: object storage, the cluster, settings from the environment."""
