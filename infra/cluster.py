@@ -1,0 +1,190 @@
+"""The Dask cluster that a run's shards go to: worker processes on this machine, or a scheduler that runs elsewhere."""
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from infra.settings import Settings
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+S = TypeVar("S")
+R = TypeVar("R")
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot be used. The message is one line: which, what is wrong, the way out."""
+
+
+class ShardFailed(RuntimeError):  # noqa: N818 (the name users read in the message)
+    """One shard of a stage failed for good; `cause` is what it raised last."""
+
+    def __init__(self, stage: str, shard: int, cause: BaseException) -> None:
+        """Args: the stage's name, the shard's position in its sequence, what it raised."""
+        super().__init__(stage, shard, cause)
+        self.stage = stage
+        self.shard = shard
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"stage '{self.stage}', shard {self.shard}: {_describe(self.cause)}"
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """Where shards are computed.
+
+    kind "local": `workers` processes on this machine, each computing one shard at a time with `threads` torch threads, each
+    restarted beyond `memory_limit` (bytes or "4GiB"; None: an equal share of the machine). kind "address": the scheduler
+    at `address`, whose workers belong to whoever started them.
+    """
+
+    kind: Literal["local", "address"] = "local"
+    workers: int = 2
+    threads: int = 1
+    address: str | None = None
+    memory_limit: str | int | None = None
+
+
+@contextmanager
+def open_cluster(spec: ClusterSpec) -> "Iterator[Client]":
+    """A Dask client of the cluster that `spec` describes; a local cluster lives as long as the block.
+
+    Raises:
+        ClusterError: no scheduler answers at the address, or it has no workers.
+    """
+    opened = _local(spec) if spec.kind == "local" else _remote(spec.address or "")
+    with opened as client:
+        yield client
+
+
+def run_shards(
+    client: "Client",
+    function: Callable[[S], R],
+    shards: Sequence[S],
+    *,
+    stage: str,
+    on_done: Callable[[int], None] | None = None,
+    retries: int = 2,
+) -> list[R]:
+    """Compute function(shard) for every shard on the cluster; the results come in the order of the shards.
+
+    Args:
+        client: of open_cluster.
+        function: importable by the workers; safe to run twice, since a shard whose worker died is run again.
+        shards: small descriptions (URLs, ranges), never tensors.
+        stage: names the keys on the cluster and the error.
+        on_done: called here with the position of each shard as it finishes, in any order.
+        retries: how often a shard that raises is tried again.
+
+    Raises:
+        ShardFailed: a shard still failed after its retries; the shards not yet started are cancelled.
+    """
+    key = f"{stage}-{uuid.uuid4().hex[:8]}"
+    futures = client.map(function, shards, key=[f"{key}-{i}" for i in range(len(shards))], pure=False, retries=retries)
+    try:
+        _follow(futures, stage, on_done)
+        gathered: list[R] = client.gather(futures)
+    except BaseException:  # a failed shard, or Ctrl-C: what has not started need not start
+        client.cancel(futures)
+        raise
+    return gathered
+
+
+def _follow(futures: "list[Future]", stage: str, on_done: Callable[[int], None] | None) -> None:
+    from distributed import as_completed
+
+    positions = {future.key: i for i, future in enumerate(futures)}
+    for future in as_completed(futures):
+        position = positions[future.key]
+        if future.status != "finished":
+            raise ShardFailed(stage, position, _cause(future))
+        if on_done is not None:
+            on_done(position)
+
+
+@contextmanager
+def _local(spec: ClusterSpec) -> "Iterator[Client]":
+    import dask
+    from distributed import Client, LocalCluster
+
+    with (
+        dask.config.set(_local_config(spec.threads)),
+        _quiet_log(),
+        LocalCluster(
+            n_workers=spec.workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            worker_dashboard_address=None,
+            memory_limit=spec.memory_limit or "auto",
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def _remote(address: str) -> "Iterator[Client]":
+    from distributed import Client
+
+    timeout = Settings().connect_timeout
+    try:
+        client = Client(address, timeout=timeout, set_as_default=False)
+    except (OSError, ValueError) as error:
+        message = f"no Dask scheduler answers at {address!r} within {timeout:g} s; start one or correct cluster.address"
+        raise ClusterError(message) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=timeout)
+        except TimeoutError as error:
+            message = f"the Dask scheduler at {address!r} has no workers; start some (dask worker {address})"
+            raise ClusterError(message) from error
+        yield client
+
+
+def _local_config(threads: int) -> dict[str, Any]:
+    count = str(threads)
+    return {
+        # Read by each library when a worker process imports it, hence before it starts.
+        "distributed.nanny.pre-spawn-environ": {
+            "OMP_NUM_THREADS": count,
+            "MKL_NUM_THREADS": count,
+            "OPENBLAS_NUM_THREADS": count,
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+        },
+        # torch may hold the GIL longer than any heartbeat; a local worker that dies closes its connection anyway.
+        "distributed.scheduler.worker-ttl": None,
+        "distributed.comm.timeouts.connect": "60s",
+    }
+
+
+@contextmanager
+def _quiet_log() -> Iterator[None]:
+    """Dask tells its log about every worker that stops; errors reach the user as exceptions instead."""
+    log = logging.getLogger("distributed")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _cause(future: "Future") -> BaseException:
+    error = future.exception()
+    return error if isinstance(error, BaseException) else RuntimeError("cancelled by the scheduler")
+
+
+def _describe(cause: BaseException) -> str:
+    from distributed.scheduler import KilledWorker
+
+    if isinstance(cause, KilledWorker):
+        return "every worker that ran it died (out of memory? lower shard_size or batch_size, or raise cluster.memory_limit)"
+    return " ".join(f"{type(cause).__name__}: {cause}".split())

@@ -1,0 +1,35 @@
+"""Settings from the environment (prefix TDA_): what belongs to a machine or a person rather than to a run."""
+
+import os
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Where results go by default, and how patiently storage and cluster are waited for."""
+
+    model_config = SettingsConfigDict(env_prefix="TDA_", extra="ignore", frozen=True)
+
+    store: str = "file:./store"
+    """Default of --store for the commands that read results (TDA_STORE)."""
+    storage_attempts: int = Field(default=5, ge=1)
+    """Attempts of one write before it counts as failed (TDA_STORAGE_ATTEMPTS)."""
+    storage_wait: float = Field(default=0.2, ge=0.0)
+    """Seconds before the second attempt; it doubles, with jitter, up to 10 s (TDA_STORAGE_WAIT)."""
+    connect_timeout: float = Field(default=10.0, gt=0.0)
+    """Seconds until a silent S3 endpoint or scheduler counts as unreachable (TDA_CONNECT_TIMEOUT)."""
+
+
+def quiet_prefect() -> None:
+    """Keep Prefect from phoning home and from talking over the progress bars; call it before Prefect is imported.
+
+    Whoever set one of these variables already keeps their value.
+    """
+    for name, value in {
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_LOGGING_LEVEL": "ERROR",
+        "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
+    }.items():
+        os.environ.setdefault(name, value)
