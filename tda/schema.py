@@ -1,0 +1,205 @@
+"""Every stored array: its name, dimensions, dtype, units, sign and meaning; checked when written and when opened.
+
+An array's spec is found by the last part of its name, so that "layers/3/eigenvalues" is checked as "eigenvalues".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import zarr
+from zarr.codecs import ZstdCodec
+
+from tda.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import numpy as np
+
+#: Raised by one when a reader of the version before would misread what is written now.
+SCHEMA_VERSION = 1
+
+SIGN = (
+    "influence[q, i] = d f_q / d eps_i: the predicted change of the measurement when example i is added to training with weight 1/N; "
+    "sum over a group predicts the group"
+)
+UNITS = "units of the measurement (nats for the loss)"
+
+_SINGLE = ("float32",)
+_FLOAT = ("float32", "float64")
+_INTEGER = ("int64",)
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One kind of stored array.
+
+    Args:
+        name: the last part of the array's path.
+        dims: the names of its axes.
+        dtypes: what may be stored; the first is the default.
+        meaning: what one element is.
+        units: of one element; "1" where it is a pure number.
+        sign: what a positive element says; empty where it says nothing.
+        fill: what a chunk that was never written reads as.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    meaning: str
+    units: str = "1"
+    sign: str = ""
+    fill: float | int | str = 0
+
+
+_NAN = float("nan")
+_SQUARED_GRADIENT = "nats^2 per parameter^2"
+
+_RESULTS = (
+    ArraySpec("influence", ("method", "query", "train"), _SINGLE, "influence of a training example on a query", UNITS, SIGN, _NAN),
+    ArraySpec("self_influence", ("method", "train"), _SINGLE, "influence of a training example on its own loss", "nats", SIGN, _NAN),
+    ArraySpec("method", ("method",), ("str",), "label of a method", fill=""),
+    ArraySpec("query", ("query",), _INTEGER, "id of a query: its index in problem.query_data()", fill=-1),
+    ArraySpec("train", ("train",), _INTEGER, "id of a training example: its index in problem.train_data()", fill=-1),
+    ArraySpec("query_label", ("query",), _INTEGER, "label of a query, where labels are integers", fill=-1),
+    ArraySpec("train_label", ("train",), _INTEGER, "label of a training example, where labels are integers", fill=-1),
+    ArraySpec("query_measurement", ("query",), _SINGLE, "measurement f_q at the checkpoint", UNITS, fill=_NAN),
+    ArraySpec("train_loss", ("train",), _SINGLE, "loss of a training example at the checkpoint", "nats", fill=_NAN),
+)
+
+# One group per layer. A (in x in) and S (out x out) are its Kronecker factors; basis_in and basis_out hold their eigenvectors.
+_FACTORS = (
+    ArraySpec("eigenvalues", ("out", "in"), _FLOAT, "Lambda: mean squared example gradient in the basis", _SQUARED_GRADIENT, fill=_NAN),
+    ArraySpec("kfac_in", ("in",), _FLOAT, "eigenvalues of A = E[a a^T], at least 0", fill=_NAN),
+    ArraySpec("kfac_out", ("out",), _FLOAT, "eigenvalues of S = E[s s^T], at least 0", _SQUARED_GRADIENT, fill=_NAN),
+    ArraySpec("basis_in", ("in", "in_basis"), _FLOAT, "eigenvectors of A, one per column", fill=_NAN),
+    ArraySpec("basis_out", ("out", "out_basis"), _FLOAT, "eigenvectors of S, one per column", fill=_NAN),
+)
+
+# Per shard and layer, before they are reduced over shards.
+_SUMS = (
+    ArraySpec("covariance_in", ("shard", "in", "in_basis"), _FLOAT, "sum of a a^T over a shard's examples", fill=_NAN),
+    ArraySpec(
+        "covariance_out", ("shard", "out", "out_basis"), _FLOAT, "sum of s s^T over a shard's examples", _SQUARED_GRADIENT, fill=_NAN
+    ),
+    ArraySpec("eigenvalue_sums", ("shard", "out", "in"), _FLOAT, "sum of squared rotated gradients", _SQUARED_GRADIENT, fill=_NAN),
+)
+
+# A layer's directions v_q are stored dense, or as v_q = sum_r left[q, r] right[q, r]^T.
+_DIRECTIONS = (
+    ArraySpec("dense", ("query", "out", "in"), _FLOAT, "direction v_q of a layer", fill=_NAN),
+    ArraySpec("left", ("query", "rank", "out"), _FLOAT, "output side of v_q = sum_r left[q, r] right[q, r]^T", fill=_NAN),
+    ArraySpec("right", ("query", "rank", "in"), _FLOAT, "input side of v_q = sum_r left[q, r] right[q, r]^T", fill=_NAN),
+)
+
+SPECS: Mapping[str, ArraySpec] = {spec.name: spec for spec in (*_RESULTS, *_FACTORS, *_SUMS, *_DIRECTIONS)}
+
+
+def create_array(
+    group: zarr.Group,
+    name: str,
+    shape: Sequence[int],
+    chunks: Sequence[int] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+) -> zarr.Array[Any]:
+    """Create the array `name` in a group, with the registry's dims, fill, units, sign and meaning.
+
+    Writers fill whole chunks; a chunk that was never written reads as the spec's fill (NaN for numbers that matter). Chunks carry a
+    checksum: a damaged one fails to read.
+
+    Args:
+        group: open for writing.
+        name: a registered name, with folders before it if wanted ("layers/3/eigenvalues").
+        shape: one length per dim.
+        chunks: one length per dim; one chunk when absent.
+        attrs: further attributes, such as the damping.
+        dtype: one of the spec's; its first when absent.
+
+    Raises:
+        ValueError: the name is not registered, or shape, chunks or dtype do not suit its spec.
+        zarr.errors.ContainsArrayError: the array is there already.
+    """
+    spec = spec_of(name)
+    dtype = dtype or spec.dtypes[0]
+    if dtype not in spec.dtypes:
+        raise ValueError(f"array {name!r} is stored as {' or '.join(spec.dtypes)}, not as {dtype}")
+    chunks = tuple(max(1, n) for n in shape) if chunks is None else tuple(chunks)
+    if len(shape) != len(spec.dims) or len(chunks) != len(spec.dims) or min(shape) < 0 or min(chunks) < 1:
+        raise ValueError(f"array {name!r} has the dims {spec.dims}; shape {tuple(shape)} with chunks {chunks} does not suit them")
+    described = {"units": spec.units, "meaning": spec.meaning} | ({"sign": spec.sign} if spec.sign else {})
+    return group.create_array(
+        name,
+        shape=tuple(shape),
+        chunks=chunks,
+        dtype=dtype,
+        fill_value=spec.fill,
+        compressors=ZstdCodec(level=1, checksum=True),
+        dimension_names=spec.dims,
+        attributes=described | dict(attrs or {}),
+    )
+
+
+def validate(group: zarr.Group, names: Iterable[str]) -> None:
+    """Check that each array is there with its registered dims and dtype, and that one dim has one length in a folder.
+
+    Reads metadata only.
+
+    Raises:
+        InputError: an array is absent or does not suit its spec, or a newer version of the schema wrote the group.
+    """
+    check_version(group.attrs, str(group.store_path))
+    lengths: dict[tuple[str, str], tuple[int, str]] = {}
+    for name in names:
+        array = _checked(group, name)
+        folder = name.rpartition("/")[0]
+        for dim, length in zip(spec_of(name).dims, array.shape, strict=True):
+            known, other = lengths.setdefault((folder, dim), (length, name))
+            if known != length:
+                raise InputError(f"{group.store_path}: {name!r} has {length} along {dim!r} and {other!r} has {known}; the store is damaged")
+
+
+def check_version(attrs: Mapping[str, Any], where: str) -> None:
+    """Refuse what a newer version of this package has written.
+
+    Raises:
+        InputError: `attrs["schema_version"]` is absent, not a number, or above SCHEMA_VERSION.
+    """
+    version = attrs.get("schema_version")
+    if not isinstance(version, int):
+        raise InputError(f"{where} has schema_version {version!r}; it was not written by tda, or is damaged")
+    if version > SCHEMA_VERSION:
+        raise InputError(f"{where} has schema_version {version}, and this tda reads up to {SCHEMA_VERSION}; upgrade tda to open it")
+
+
+def spec_of(name: str) -> ArraySpec:
+    """The spec of an array, by the last part of its name.
+
+    Raises:
+        ValueError: the name is not registered.
+    """
+    spec = SPECS.get(name.rpartition("/")[2])
+    if spec is None:
+        raise ValueError(f"array {name!r} is not in the schema; add its spec to tda/schema.py (known: {', '.join(sorted(SPECS))})")
+    return spec
+
+
+def _checked(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    spec = spec_of(name)
+    array = group.get(name)
+    if not isinstance(array, zarr.Array):
+        raise InputError(f"{group.store_path} has no array {name!r} ({spec.meaning}); the store is damaged, or another stage wrote it")
+    dims = getattr(array.metadata, "dimension_names", None)
+    if dims != spec.dims:
+        raise InputError(f"{group.store_path}: {name!r} has the dims {dims}, expected {spec.dims}; the store is damaged")
+    if _dtype_name(array.dtype) not in spec.dtypes:
+        found, expected = _dtype_name(array.dtype), " or ".join(spec.dtypes)
+        raise InputError(f"{group.store_path}: {name!r} is {found}, expected {expected}; the store is damaged")
+    return array
+
+
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    return "str" if dtype.kind in "TU" else dtype.name
