@@ -1,0 +1,311 @@
+"""What a notebook opens: a finished run as labelled arrays that are fetched when they are used.
+
+run = tda.open_run("s3://bucket/prefix", "latest")
+run.influence.sel(method="ekfac", query=3)      # reads the chunks that hold this row, nothing else
+run.top(query=3, k=10, kind="helpful")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+import zarr
+
+from tda import location, schema
+from tda.errors import InputError
+
+if TYPE_CHECKING:
+    import os
+
+_SPECTRA = ("eigenvalues", "kfac_in", "kfac_out")
+
+Kind = Literal["helpful", "harmful"]
+
+
+class NotStored(AttributeError):  # noqa: N818  (reads as what happened: run.stderr is not stored)
+    """The run has no such array; the message says what would store it."""
+
+
+def list_runs(store: str | os.PathLike[str]) -> pd.DataFrame:
+    """Every run of a store, newest first, from the runs' manifests alone: no array is opened.
+
+    Returns:
+        Columns run (id), created (UTC), complete, problem, methods (labels, comma-separated), train and query (numbers of examples),
+        reused (what was taken from earlier runs, comma-separated). A run that was interrupted is listed with complete = False.
+
+    Raises:
+        InputError: the store cannot be read.
+    """
+    rows = [_row(run_id, manifest) for run_id, manifest in _manifests(location.resolve(str(store))).items()]
+    table = pd.DataFrame(rows, columns=["run", "created", "complete", "problem", "methods", "train", "query", "reused"])
+    table["created"] = pd.to_datetime(table["created"], utc=True, errors="coerce", format="ISO8601")
+    return table.sort_values(["created", "run"], ascending=False, kind="stable", ignore_index=True)
+
+
+def open_run(store: str | os.PathLike[str], run: str = "latest", *, incomplete: bool = False) -> Run:
+    """Open one run; only its manifest is read now.
+
+    Args:
+        store: "file:./store", a folder, or "s3://bucket/prefix".
+        run: its id, a beginning of the id that no other run shares, or "latest": the newest complete run.
+        incomplete: also open runs that have not finished; what they have not computed reads as NaN.
+
+    Raises:
+        InputError: no such run, several runs begin so, the run is incomplete, a newer tda wrote it, or the store cannot be read.
+    """
+    url = location.resolve(str(store))
+    manifests = _manifests(url, None if run == "latest" else run)
+    run_id = _latest(url, manifests, incomplete=incomplete) if run == "latest" else _by_prefix(url, run, manifests)
+    manifest = manifests[run_id]
+    where = location.join(url, "runs", run_id)
+    schema.check_version(manifest, f"{where}/run.json")
+    if not (manifest.get("complete") or incomplete):
+        raise InputError(f"run {run_id} in {url} is incomplete; run the same config again to finish it, or pass incomplete=True")
+    return Run(where, manifest)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run's results. Arrays are opened on first use and read where they are indexed; `.load()` or `.values` fetches all of one.
+
+    Args:
+        url: the run's folder, <store>/runs/<id>.
+        manifest: its run.json: configuration, versions, coverage, damping, timings, seeds, and what was reused.
+    """
+
+    url: str
+    manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        shape = self.manifest.get("shape", {})
+        state = "complete" if self.manifest.get("complete") else "incomplete"
+        return (
+            f"<Run {self.id} ({state}) of {self.manifest.get('problem')}: {', '.join(self.methods)}; "
+            f"{shape.get('query', '?')} queries x {shape.get('train', '?')} training examples>"
+        )
+
+    @property
+    def id(self) -> str:
+        """The run's id: its folder's name."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def store(self) -> str:
+        """The URL of the store that holds the run."""
+        return self.url.rpartition("/")[0].rpartition("/")[0]
+
+    @property
+    def methods(self) -> list[str]:
+        """The labels of the methods, in the order of the configuration."""
+        return [str(method) for method in self.manifest.get("methods", [])]
+
+    @property
+    def influence(self) -> xr.DataArray:
+        """Scores (method, query, train), float32, lazily; coords query, train, query_label, train_label; attrs sign, units, damping."""
+        return self._results["influence"]
+
+    @property
+    def self_influence(self) -> xr.DataArray:
+        """Scores (method, train) of each training example on its own loss, float32, lazily."""
+        return self._array("self_influence", "self_influence = true")
+
+    @property
+    def train_loss(self) -> xr.DataArray:
+        """Loss (train,) of each training example at the checkpoint, nats, lazily."""
+        return self._array("train_loss", "a run of this version of tda")
+
+    @property
+    def query_measurement(self) -> xr.DataArray:
+        """Measurement f_q (query,) at the checkpoint, lazily."""
+        return self._array("query_measurement", "a run of this version of tda")
+
+    @cached_property
+    def factors(self) -> xr.Dataset:
+        """Spectra per layer, lazily: "<layer>.eigenvalues" (out, in), "<layer>.kfac_in", "<layer>.kfac_out", undamped.
+
+        Where methods use several fits (two Fishers, say), names begin with the fit's key in the manifest: "<key>/<layer>.eigenvalues".
+
+        Raises:
+            NotStored: no method of the run has factors.
+        """
+        fits = dict(self.manifest.get("fingerprints", {}).get("factors", {}))
+        if not fits:
+            raise NotStored(f"run {self.id} has no factors; methods such as ekfac and kfac store them (it has {', '.join(self.methods)})")
+        found = xr.Dataset()
+        for key, fingerprint in fits.items():
+            found.update(_spectra(self, fingerprint, f"{key}/" if len(set(fits.values())) > 1 else ""))
+        return found
+
+    @property
+    def stderr(self) -> xr.DataArray:
+        """Standard errors of the influence, where a method estimates them; none does yet."""
+        raise NotStored(f"run {self.id} has no stderr; methods that sample (bif) store it, and none of {', '.join(self.methods)} does")
+
+    @property
+    def trajectories(self) -> xr.Dataset:
+        """Loss trajectories of sampling chains; no method stores them yet."""
+        raise NotStored(
+            f"run {self.id} has no trajectories; methods that sample (bif) store them, and none of {', '.join(self.methods)} does"
+        )
+
+    @property
+    def evaluation(self) -> xr.Dataset:
+        """Retraining results; a run of `tda evaluate` stores them."""
+        raise NotStored(f"run {self.id} has no evaluation; `tda evaluate CONFIG` stores it")
+
+    def top(self, query: int, k: int = 10, method: str | None = None, kind: Kind = "helpful") -> pd.DataFrame:
+        """The k training examples that help or harm a query most.
+
+        Helpful examples move the measurement in its better direction: where it is a loss, those with the most negative influence.
+        Reads one row of the scores.
+
+        Args:
+            query: the query's id.
+            k: how many; fewer where there are fewer training examples.
+            method: its label; the run's first when absent.
+            kind: "helpful" or "harmful".
+
+        Returns:
+            Columns rank (from 1), train (id), label (where labels are integers), score.
+
+        Raises:
+            InputError: no such query or method, or k or kind is none of those above.
+        """
+        method = self._method(method)
+        if kind not in ("helpful", "harmful"):
+            raise InputError(f"kind must be 'helpful' or 'harmful', got {kind!r}")
+        if k < 1:
+            raise InputError(f"k must be at least 1, got {k}")
+        queries = self.influence.indexes["query"]
+        if query not in queries:
+            raise InputError(f"run {self.id} has no query {query!r}; it has {len(queries)}, from {queries.min()} to {queries.max()}")
+        row = self.influence.loc[method, query]
+        scores = row.to_numpy()
+        order = ranking(scores, kind=kind, better=self.better)[:k]
+        table = pd.DataFrame({"rank": np.arange(1, len(order) + 1), "train": row["train"].to_numpy()[order]})
+        if "train_label" in row.coords:
+            table["label"] = row["train_label"].to_numpy()[order]
+        table["score"] = scores[order]
+        return table
+
+    @property
+    def better(self) -> Literal["lower", "higher"]:
+        """The measurement's better direction: "lower" for a loss."""
+        return "higher" if self.manifest.get("measurement", {}).get("better") == "higher" else "lower"
+
+    @cached_property
+    def _results(self) -> xr.Dataset:
+        group = self._open_group("results.zarr")
+        present = set(group.array_keys())
+        required = {"influence", "method", "query", "train"}
+        schema.validate(group, sorted(required | (present & set(schema.SPECS))))
+        data = _lazy(group)
+        # Plain strings: pandas and xarray select by them, whatever NumPy's string type of the day is.
+        data = data.assign_coords(method=[str(label) for label in data["method"].to_numpy()])
+        labels = [name for name in ("query_label", "train_label") if name in data]
+        described = {"damping": self.manifest.get("damping", {}), "measurement": self.manifest.get("measurement", {})}
+        for name in ("influence", "self_influence"):
+            if name in data:
+                data[name].attrs.update(described)
+        return data.set_coords(labels)
+
+    def _array(self, name: str, source: str) -> xr.DataArray:
+        if name not in self._results:
+            raise NotStored(f"run {self.id} has no {name}; {source} stores it")
+        return self._results[name]
+
+    def _method(self, method: str | None) -> str:
+        labels = [str(label) for label in self._results["method"].to_numpy()]
+        if method is None:
+            return labels[0]
+        if method not in labels:
+            raise InputError(f"run {self.id} has no method {method!r}; it has {', '.join(labels)}")
+        return method
+
+    def _open_group(self, *parts: str) -> zarr.Group:
+        url = location.join(self.url, *parts)
+        try:
+            return location.open_group(url)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"run {self.id} has no {'/'.join(parts)}; it was interrupted early or deleted: run its config again"
+            ) from error
+
+
+def ranking(scores: np.ndarray[Any, Any], *, kind: Kind, better: Literal["lower", "higher"]) -> np.ndarray[Any, Any]:
+    """Positions of `scores` (train,) from the most helpful (or harmful) on; ties by position, NaN left out."""
+    ascending = (kind == "helpful") == (better == "lower")
+    order = np.argsort(scores if ascending else -scores, kind="stable")  # NaN sorts last either way
+    return order[: np.count_nonzero(~np.isnan(scores))]
+
+
+def _lazy(group: zarr.Group) -> xr.Dataset:
+    """A group's arrays, of which only coordinates along their own dim are read now; attributes and numbers as they are stored."""
+    return xr.open_dataset(xr.backends.ZarrStore(group, mode="r"), decode_cf=False, chunks=None)
+
+
+def _spectra(run: Run, fingerprint: str, prefix: str) -> xr.Dataset:
+    url = location.join(run.store, "artifacts", "factors", fingerprint, "factors.zarr")
+    try:
+        group = location.open_group(url)
+    except FileNotFoundError as error:
+        raise InputError(f"the factors of run {run.id} are gone from {url}; run its config again to fit them") from error
+    schema.check_version(group.attrs, url)
+    found = xr.Dataset()
+    for index, layer in enumerate(run.manifest.get("coverage", {}).get("layers", [])):
+        folder = group.get(f"layers/{index}")
+        if not isinstance(folder, zarr.Group):
+            continue  # no Kronecker factors: an exact block or a diagonal
+        name = f"{prefix}{layer['name']}"
+        spectra = _lazy(folder)[[key for key in _SPECTRA if key in folder]]
+        schema.validate(group, [f"layers/{index}/{key}" for key in spectra])
+        for array in spectra.data_vars.values():
+            array.attrs.update(layer=layer["name"], kind=layer.get("kind", ""))
+        found.update(spectra.rename({key: f"{name}.{key}" for key in (*spectra.data_vars, *spectra.dims)}))
+    return found
+
+
+def _manifests(store: str, prefix: str | None = None) -> dict[str, dict[str, Any]]:
+    """run.json by run id, of the runs whose id begins with `prefix` (or is it); folders without one are left out."""
+    runs = location.join(store, "runs")
+    names = [name for name in location.list_names(runs) if prefix is None or name.startswith(prefix)]
+    if prefix in names:
+        names = [prefix]
+    found = location.read_json_many([location.join(runs, name, "run.json") for name in names])
+    return {name: manifest for name, manifest in zip(names, found, strict=True) if manifest is not None}
+
+
+def _latest(store: str, manifests: dict[str, dict[str, Any]], *, incomplete: bool) -> str:
+    candidates = [name for name, manifest in manifests.items() if incomplete or manifest.get("complete")]
+    if not candidates:
+        unfinished = f" ({len(manifests)} incomplete)" if manifests else ""
+        raise InputError(f"no complete run in {store}{unfinished}; `tda run CONFIG` makes one, or give another store")
+    return max(candidates, key=lambda name: (str(manifests[name].get("created", "")), name))
+
+
+def _by_prefix(store: str, prefix: str, manifests: dict[str, dict[str, Any]]) -> str:
+    if len(manifests) == 1:
+        return next(iter(manifests))
+    if manifests:
+        some = ", ".join(sorted(manifests)[:4])
+        raise InputError(f"run {prefix!r} in {store} could be any of {len(manifests)}: {some}; give more of the id")
+    raise InputError(f"no run {prefix!r} in {store}; `tda runs --store {store}` lists what is there")
+
+
+def _row(run_id: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    shape = manifest.get("shape", {})
+    return {
+        "run": run_id,
+        "created": manifest.get("created"),
+        "complete": bool(manifest.get("complete")),
+        "problem": manifest.get("problem"),
+        "methods": ", ".join(map(str, manifest.get("methods", []))),
+        "train": shape.get("train"),
+        "query": shape.get("query"),
+        "reused": ", ".join(name for name, reused in manifest.get("reused", {}).items() if reused),
+    }
