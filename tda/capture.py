@@ -1,0 +1,157 @@
+"""One forward pass of a batch, from which the per-example gradients of every block are read off.
+
+The calls that use watched parameters are seen through a torch function mode, not through module hooks: a module that is called
+several times, a weight that is tied, a subclass with its own forward or a functional call are all the same thing to it, and an
+operation that we do not know is noticed instead of missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tda.blocks import Block, Pair, to_matrix
+from tda.operations import BINDERS, MATRIX, Call, Layout, conv_rows, embedding_rows, linear_rows, vector_gradient
+from tda.problem import Batch, Problem
+
+
+class Recorder(TorchFunctionMode):
+    """While active, lists every known use of the watched parameters (`calls`), and the unknown ones by name (`unknown`)."""
+
+    def __init__(self, watched: dict[str, Tensor], batch: int) -> None:
+        super().__init__()
+        self._names = {id(tensor): name for name, tensor in watched.items()}
+        self._batch = batch
+        self.calls: list[tuple[str | None, str | None, Call]] = []
+        self.unknown: dict[str, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        used = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and id(x) in self._names]
+        nested = [x for a in args if isinstance(a, (list, tuple)) for x in a if isinstance(x, Tensor) and id(x) in self._names]
+        if not used and not nested:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        call = BINDERS[name](*args, **kwargs) if name in BINDERS and not nested else None
+        result = func(*args, **kwargs)
+        if call is not None and self._covers(call, used):
+            return self._record(call, result)
+        if any(isinstance(leaf, Tensor) and leaf is not used_ for leaf in tree_leaves(result) for used_ in (used or nested)[:1]):
+            for tensor in (*used, *nested):
+                self.unknown.setdefault(self._names[id(tensor)], name)
+        return result
+
+    def _covers(self, call: Call, used: list[Tensor]) -> bool:
+        known = {id(t) for t in (call.weight, call.bias) if t is not None}
+        return all(id(t) in known for t in used)
+
+    def _record(self, call: Call, output: Tensor) -> Tensor:
+        if call.op == "embedding" and output.ndim == 3 and output.shape[0] == 1 and self._batch > 1:
+            # Position embeddings of shape (1, tokens, width) are broadcast over the batch: expanded here, each example has its own gradient.
+            output = output.expand(self._batch, -1, -1)
+        weight, bias = (None if t is None else self._names.get(id(t)) for t in (call.weight, call.bias))
+        if weight is None and bias is not None and call.op in MATRIX:
+            # Only the bias is watched: it is a shift of the output.
+            call = Call("shift", call.input, call.bias, None, {"channels": call.op == "conv"})
+            weight, bias = bias, None
+        call.weight, call.bias = (call.weight if weight else None), (call.bias if bias else None)
+        call.output, call.edge = output, get_gradient_edge(output)
+        self.calls.append((weight, bias, call))
+        return output
+
+
+class Tape:
+    """A recorded forward pass: `outputs` (batch, ...), and per-example gradients for any gradient of the outputs."""
+
+    def __init__(
+        self, problem: Problem, model: nn.Module, blocks: Sequence[Block], layouts: dict[str, Layout], batch: Batch, size: int
+    ) -> None:
+        self._problem, self._model, self._blocks, self._layouts, self._batch, self.size = problem, model, blocks, layouts, batch, size
+        parameters = dict(model.named_parameters())
+        watched = {n: parameters[n] for b in blocks if not b.direct for n in b.parameters}
+        mask = problem.mask(batch)
+        self._mask = None if mask is None else mask.reshape(size, -1)
+        with torch.enable_grad(), Recorder(watched, size) as recorder:
+            self.outputs = problem.predict(model, batch)
+        self._calls: dict[str, list[Call]] = {}
+        for weight, bias, call in recorder.calls:
+            self._calls.setdefault(weight or bias or "", []).append(call)
+
+    def seed(self, function: Callable[[Tensor, Tensor], Tensor], targets: Tensor | None = None) -> Tensor:
+        """d sum_b function(outputs, targets)_b / d outputs, shaped like the outputs; `targets` are the batch's own by default."""
+        outputs = self.outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            value = function(outputs, self._batch.targets if targets is None else targets)
+            return torch.autograd.grad(value.sum(), outputs)[0]
+
+    def pairs(self, seed: Tensor, *, last: bool = True) -> Iterator[list[Pair]]:
+        """For each block in order, the pairs whose summed products are the per-example gradients of sum(outputs * seed).
+
+        last: whether the graph may be freed. Blocks are made one at a time, so that only one layer's patches are in memory.
+        """
+        calls = [call for calls in self._calls.values() for call in calls]
+        found = torch.autograd.grad(self.outputs, [c.edge for c in calls], seed, retain_graph=not last, allow_unused=True) if calls else ()
+        gradients = {
+            id(call): torch.zeros_like(call.output) if gradient is None else gradient  # type: ignore[arg-type]
+            for call, gradient in zip(calls, found, strict=True)
+        }
+        for block in self._blocks:
+            yield [self._direct(block, seed)] if block.direct else self._read(block, gradients)
+
+    def _read(self, block: Block, gradients: dict[int, Tensor]) -> list[Pair]:
+        calls = self._calls.get(block.weight or block.bias or "", [])
+        layout = self._layouts.get(block.name, Layout())
+        if block.form == "vector":
+            total = sum(vector_gradient(call, gradients[id(call)], layout, self.size) for call in calls)
+            return [_column(total)] if isinstance(total, Tensor) else []
+        return [self._matrix_pair(block, call, gradients[id(call)], layout) for call in calls]
+
+    def _matrix_pair(self, block: Block, call: Call, gradient: Tensor, layout: Layout) -> Pair:
+        side: Any = "left"
+        if call.op == "conv":
+            left, right = conv_rows(call, gradient, layout, self.size)
+        elif call.op == "embedding":
+            left, right = embedding_rows(call, gradient, layout, self.size)
+            if block.form != "embedding":  # tied with a linear layer: rows of the weight are the one-hot side
+                side, one_hot = "right", torch.nn.functional.one_hot(right, block.out).to(left.dtype)[None]
+                left, right = one_hot, torch.nn.functional.pad(left, (0, block.in_ - left.shape[-1]))
+        else:
+            left, right = linear_rows(call, gradient, layout, self.size)
+        mask = self._mask if self._mask is not None and self._mask.shape[1] == left.shape[2] else None
+        return Pair(left, right, side, mask)
+
+    def _direct(self, block: Block, seed: Tensor) -> Pair:
+        """Per-example gradients of a block whose operation we do not know, by one backward pass per example."""
+        parameters = dict(self._model.named_parameters())
+        wanted = [parameters[n] for n in block.parameters]
+        rows = []
+        for i in range(self.size):
+            one = example(self._batch, i, self.size)
+            with torch.enable_grad():
+                outputs = self._problem.predict(self._model, one)
+                found = torch.autograd.grad(outputs, wanted, seed[i : i + 1], allow_unused=True)
+            whole = {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(block.parameters, wanted, found, strict=True)}
+            rows.append(to_matrix(block, whole).flatten())
+        return _column(torch.stack(rows))
+
+
+def _column(gradient: Tensor) -> Pair:
+    """(batch, n) gradients as left (1, batch, 1, n), right = 1."""
+    return Pair(gradient[None, :, None, :], gradient.new_ones(1, len(gradient), 1, 1))
+
+
+def example(batch: Batch, i: int, size: int) -> Batch:
+    """Example i of a batch, as a batch of one."""
+    return Batch(
+        tree_map(lambda leaf: leaf[i : i + 1] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf, batch.inputs),
+        batch.targets[i : i + 1],
+    )
+
+
+__all__ = ["MATRIX", "Recorder", "Tape", "example"]

@@ -1,0 +1,140 @@
+"""Eigenbases of the Kronecker factors, and the eigenvalues that K-FAC and EK-FAC give in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tda.blocks import Block, Pair
+from tda.costs import rows_first
+from tda.curvature.covariances import Covariance
+from tda.curvature.fisher import Fisher, seeds
+from tda.data import batches
+from tda.modules import Attributed
+from tda.products import Products, fast_float32, matmul
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Curvature of one block.
+
+    basis_out (groups, out, out) and basis_in (groups, in, in): eigenvectors as columns, or None where the basis is the identity.
+    kfac_out (groups, out), kfac_in (groups, in): eigenvalues of S = E_i[sum_t s s^T] and of A, a mean over positions, so that their
+    products are on the scale of eigenvalues (groups, out, in): EK-FAC's Lambda = E_i[(U_S^T D_i U_A)^2] (George et al. 2018).
+    """
+
+    basis_out: Tensor | None
+    basis_in: Tensor | None
+    kfac_out: Tensor
+    kfac_in: Tensor
+    eigenvalues: Tensor | None = None
+
+    @property
+    def kronecker(self) -> Tensor:
+        """K-FAC's eigenvalues (groups, out, in)."""
+        return self.kfac_out[:, :, None] * self.kfac_in[:, None, :]
+
+
+def decompose(block: Block, covariance: Covariance, examples: int, dtype: torch.dtype) -> Factor:
+    """Eigendecomposition in float64 of A = (sum a a^T) / positions and S = (sum s s^T) / examples; negative eigenvalues become 0."""
+    kfac_out, basis_out = _eigh(covariance.out.double() / examples, block.rotates_out)
+    kfac_in, basis_in = _eigh(covariance.in_.double() / covariance.positions.clamp(min=1), block.rotates_in)
+    cast = [None if t is None else t.to(dtype) for t in (basis_out, basis_in)]
+    return Factor(cast[0], cast[1], kfac_out.to(dtype), kfac_in.to(dtype))
+
+
+def _eigh(matrix: Tensor, rotated: bool) -> tuple[Tensor, Tensor | None]:
+    if not rotated:
+        return matrix.clamp(min=0), None
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp(min=0), vectors
+
+
+def eigenvalue_sums(
+    attributed: Attributed,
+    factors: Sequence[Factor],
+    dataset: Any,
+    ids: Sequence[int],
+    *,
+    fisher: Fisher,
+    seed: int,
+    batch_size: int,
+    products: Products = "full",
+) -> list[Tensor]:
+    """Sums over examples of (U_S^T D_i U_A)^2, (groups, out, in) for every block; divided by the number of examples they are Lambda.
+
+    The labels are the same as in `covariance_sums`. The form is chosen from shapes, see `tda.costs`.
+    """
+    sums = [torch.zeros(b.groups, b.out, b.in_, dtype=attributed.dtype) for b in attributed.blocks]
+    bases = [replace(f, basis_out=_cast(f.basis_out, products), basis_in=_cast(f.basis_in, products)) for f in factors]
+    with fast_float32():
+        for part in batches(ids, batch_size):
+            batch = attributed.load(dataset, part)
+            tape = attributed.tape(batch)
+            for output_gradient, _, last in seeds(attributed.problem, tape, batch, part, fisher, seed):
+                found = tape.pairs(output_gradient, last=last)
+                for block, factor, total, pairs in zip(attributed.blocks, bases, sums, found, strict=True):
+                    _add_squares(block, factor, total, pairs, products)
+    return sums
+
+
+def _cast(basis: Tensor | None, products: Products) -> Tensor | None:
+    return basis if basis is None or products == "full" else basis.bfloat16()
+
+
+def _add_squares(block: Block, factor: Factor, total: Tensor, pairs: Sequence[Pair], products: Products) -> None:
+    if not pairs:
+        return
+    if len(pairs) == 1 and pairs[0].positions == 1 and not pairs[0].one_hot:
+        left, right = rotate_rows(factor, pairs[0], products)
+        total += matmul(left[:, :, 0].square().transpose(1, 2), right[:, :, 0].square(), products)
+    elif block.form == "embedding":
+        for rows, ids in merged_embedding(factor, pairs, block.in_, products):
+            total[0].index_add_(1, ids, rows.square().T)
+    else:
+        for rotated in rotated_gradients(block, factor, pairs, products):
+            total.addcmul_(rotated, rotated)
+
+
+def rotate_rows(factor: Factor, pair: Pair, products: Products = "full") -> tuple[Tensor, Tensor]:
+    """left U_S and right U_A of a pair, same shapes."""
+    left = pair.left if factor.basis_out is None else matmul(pair.left, factor.basis_out[:, None], products)
+    right = pair.right if factor.basis_in is None or pair.one_hot else matmul(pair.right, factor.basis_in[:, None], products)
+    return left, right
+
+
+def rotate(factor: Factor, matrix: Tensor, *, back: bool = False, products: Products = "full") -> Tensor:
+    """U_S^T M U_A for matrices (..., groups, out, in); with `back`, U_S M U_A^T."""
+    if factor.basis_out is not None:
+        basis = factor.basis_out if back else factor.basis_out.transpose(1, 2)
+        matrix = matmul(basis, matrix, products)
+    if factor.basis_in is not None:
+        basis = factor.basis_in.transpose(1, 2) if back else factor.basis_in
+        matrix = matmul(matrix, basis, products)
+    return matrix
+
+
+def rotated_gradients(block: Block, factor: Factor, pairs: Sequence[Pair], products: Products = "full") -> Any:
+    """U_S^T D_i U_A, one example (groups, out, in) after the other: they stay in the cache while they are used."""
+    positions = sum(pair.positions for pair in pairs)
+    early = rows_first(positions, block.out, block.in_)
+    rows = [rotate_rows(factor, pair, products) if early else (pair.left, pair.right) for pair in pairs]
+    if products == "bfloat16":
+        rows = [(left.bfloat16(), right.bfloat16()) for left, right in rows]
+    for b in range(pairs[0].left.shape[1]):
+        parts = [matmul(left[:, b].transpose(1, 2), right[:, b], products) for left, right in rows]
+        gradient = sum(parts[1:], start=parts[0])
+        yield gradient if early else rotate(factor, gradient, products=products)
+
+
+def merged_embedding(factor: Factor, pairs: Sequence[Pair], vocabulary: int, products: Products = "full") -> Any:
+    """For each example of an embedding's pairs: the rotated rows (distinct ids, out) summed over its equal ids, and these ids."""
+    rotated = [rotate_rows(factor, pair, products)[0][0] for pair in pairs]
+    rows, ids = torch.cat(rotated, 1), torch.cat([pair.right for pair in pairs], 1)
+    for b in range(len(ids)):
+        distinct, place = ids[b].unique(return_inverse=True)
+        yield rows.new_zeros(len(distinct), rows.shape[-1]).index_add_(0, place, rows[b]), distinct

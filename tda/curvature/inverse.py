@@ -1,0 +1,40 @@
+"""The damped inverse in the eigenbasis: (F + lambda I)^-1 V = U_S [(U_S^T V U_A) / (Lambda + lambda)] U_A^T."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tda.curvature.eigen import Factor, rotate
+from tda.products import Products
+
+Damping = float | Literal["heuristic"]
+
+#: The heuristic of Grosse et al. (2023): lambda = 0.1 x the layer's mean eigenvalue.
+HEURISTIC = 0.1
+
+
+def spectrum(factor: Factor, kind: Literal["kfac", "ekfac"]) -> Tensor:
+    """Eigenvalues (groups, out, in) that a method uses."""
+    if kind == "kfac":
+        return factor.kronecker
+    assert factor.eigenvalues is not None
+    return factor.eigenvalues
+
+
+def damping_value(factor: Factor, kind: Literal["kfac", "ekfac"], damping: Damping) -> float:
+    """lambda for one block: the number itself, or HEURISTIC x the mean eigenvalue."""
+    return HEURISTIC * float(spectrum(factor, kind).double().mean()) if damping == "heuristic" else float(damping)
+
+
+def inverse_eigenvalues(factor: Factor, kind: Literal["kfac", "ekfac"], damping: Damping) -> Tensor:
+    """1 / (Lambda + lambda), (groups, out, in); 0 where both are 0 (a direction that no example ever moves: the pseudo-inverse)."""
+    damped = spectrum(factor, kind).double() + damping_value(factor, kind, damping)
+    return torch.where(damped > 0, 1 / damped.clamp(min=torch.finfo(torch.float64).tiny), 0.0).to(factor.kfac_out.dtype)
+
+
+def precondition(factor: Factor, matrix: Tensor, inverse: Tensor, products: Products = "full") -> Tensor:
+    """(F + lambda I)^-1 applied to matrices (..., groups, out, in), given `inverse_eigenvalues`."""
+    return rotate(factor, rotate(factor, matrix, products=products) * inverse, back=True, products=products)

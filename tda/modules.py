@@ -1,0 +1,272 @@
+"""Which parameters are attributed, and how: every parameter of a model becomes part of a block, or is named with the reason why not.
+
+The forward pass is recorded for two and for three examples; where the shapes differ is the batch axis. Then each block's captured
+per-example gradient is compared with autograd's on single examples. A block that differs is taken one example at a time instead; what
+differs even then has no per-example gradient, and is refused. So nothing is attributed wrongly, and nothing is skipped silently.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tda.blocks import Block, Pair, to_matrix, vector_block
+from tda.capture import Recorder, Tape, example
+from tda.data import load_batch
+from tda.errors import InputError
+from tda.operations import MATRIX, Call, Layout
+from tda.problem import Batch, Problem
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A parameter that is not attributed, and why."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Attributed:
+    """A problem's model at a checkpoint, cut into blocks; `total` counts all its parameters."""
+
+    problem: Problem
+    model: nn.Module
+    blocks: tuple[Block, ...]
+    layouts: dict[str, Layout]
+    skipped: tuple[Skipped, ...]
+    total: int
+    dtype: torch.dtype
+
+    @property
+    def share(self) -> float:
+        """Share of the model's parameters that is attributed."""
+        return sum(block.size for block in self.blocks) / max(self.total, 1)
+
+    def load(self, dataset: Any, ids: Sequence[int]) -> Batch:
+        """Examples `ids` as a batch in this model's dtype and on its device."""
+        return load_batch(self.problem, dataset, ids, dtype=self.dtype, device=next(self.model.parameters()).device)
+
+    def tape(self, batch: Batch) -> Tape:
+        """A recorded forward pass of a batch."""
+        return Tape(self.problem, self.model, self.blocks, self.layouts, batch, len(batch.targets))
+
+
+def inspect(problem: Problem, model: nn.Module, dataset: Any, *, modules: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Attributed:
+    """Cut `model` into blocks. `modules` and `exclude` are glob patterns over module or parameter names; a pattern takes what lies below.
+
+    Raises InputError where a pattern matches nothing, where nothing is left to attribute, where the loss is not one finite number per
+    example, or where an example's loss depends on the others of its batch.
+    """
+    model.eval()
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    parameters = dict(model.named_parameters())
+    chosen, skipped = _select(parameters, modules, exclude)
+    n = len(dataset)
+    pair, triple = (load_batch(problem, dataset, [i % n for i in range(k)], dtype=dtype) for k in (2, 3))
+    few, more = (_record(problem, model, chosen, batch) for batch in (pair, triple))
+    blocks, layouts = _classify(chosen, few, more)
+    named = {name for block in blocks for name in block.parameters}
+    skipped += [Skipped(n, p.numel(), "not used in the forward pass") for n, p in chosen.items() if n not in named]
+    order = {name: i for i, name in enumerate(parameters)}
+    blocks.sort(key=lambda block: order[block.parameters[0]])
+    if not blocks:
+        raise InputError(f"no parameter is left to attribute: {'; '.join(f'{s.name}: {s.reason}' for s in skipped[:5])}; widen `modules`")
+    total = sum(p.numel() for p in parameters.values())
+    attributed = Attributed(problem, model, tuple(blocks), layouts, tuple(skipped), total, dtype)
+    return _verify(attributed, pair)
+
+
+def _select(parameters: dict[str, Tensor], modules: Sequence[str], exclude: Sequence[str]) -> tuple[dict[str, Tensor], list[Skipped]]:
+    def matches(name: str, pattern: str) -> bool:
+        parts = name.split(".")
+        return any(fnmatchcase(".".join(parts[:k]), pattern) for k in range(1, len(parts) + 1))
+
+    for pattern in (*modules, *exclude):
+        if not any(matches(name, pattern) for name in parameters):
+            near = difflib.get_close_matches(pattern, {n.rpartition(".")[0] or n for n in parameters}, n=3, cutoff=0.3)
+            raise InputError(f"pattern {pattern!r} matches no module or parameter; near it: {', '.join(near) or ', '.join(list(parameters)[:3])}")
+    chosen, skipped = {}, []
+    for name, tensor in parameters.items():
+        if not any(matches(name, p) for p in modules):
+            skipped.append(Skipped(name, tensor.numel(), "not in `modules`"))
+        elif any(matches(name, p) for p in exclude):
+            skipped.append(Skipped(name, tensor.numel(), "in `exclude`"))
+        elif not tensor.requires_grad:
+            skipped.append(Skipped(name, tensor.numel(), "frozen (requires_grad is False)"))
+        else:
+            chosen[name] = tensor
+    return chosen, skipped
+
+
+def _record(problem: Problem, model: nn.Module, chosen: dict[str, Tensor], batch: Batch) -> Recorder:
+    with torch.enable_grad(), Recorder(chosen, len(batch.targets)) as recorder:
+        try:
+            outputs = problem.predict(model, batch)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"predict(model, batch) failed on a batch of {len(batch.targets)}: {type(error).__name__}: {str(error).splitlines()[0]}; "
+                "batch is (inputs, targets) as the dataset yields them"
+            ) from error
+    problem.likelihood.check(outputs.detach(), batch.targets)
+    return recorder
+
+
+def _classify(chosen: dict[str, Tensor], few: Recorder, more: Recorder) -> tuple[list[Block], dict[str, Layout]]:
+    uses: dict[str, list[tuple[str | None, Call, Call]]] = {}
+    same = len(few.calls) == len(more.calls)
+    for (weight, bias, a), (_, _, b) in zip(few.calls, more.calls, strict=same):
+        uses.setdefault(weight or bias or "", []).append((bias, a, b))
+    owners: dict[str, set[str]] = {}
+    for key, calls in uses.items():
+        for bias, _, _ in calls:
+            owners.setdefault(bias or "", set()).add(key)
+    blocks, layouts = [], {}
+    unknown = {**few.unknown, **more.unknown}
+    for key, calls in uses.items():
+        block, layout, reason = _block(chosen, key, calls)
+        names = {key} | {bias for bias, _, _ in calls if bias}
+        if bad := names & unknown.keys():
+            reason = f"also used by {unknown[min(bad)]}"
+        elif any(len(owners[bias]) > 1 for bias in names - {key} if bias in owners):
+            reason = "its bias is shared with another layer"
+        elif not same:
+            reason = "called a different number of times for another batch"
+        if reason or block is None or layout is None:
+            unknown.update(dict.fromkeys(names, reason or "an unknown form"))
+        else:
+            blocks.append(block)
+            layouts[block.name] = layout
+    blocks += [_direct(chosen, name, why) for name, why in unknown.items()]
+    return blocks, layouts
+
+
+def _block(chosen: dict[str, Tensor], key: str, calls: list[tuple[str | None, Call, Call]]) -> tuple[Block | None, Layout | None, str]:
+    ops, biases = {a.op for _, a, _ in calls}, {bias for bias, _, _ in calls}
+    layouts = {_layout(a, b) for _, a, b in calls}
+    linear_bias = {bias for bias, a, _ in calls if a.op != "embedding"}
+    if len(linear_bias) > 1:
+        return None, None, "used with and without its bias"
+    if len(layouts) > 1 or None in layouts:
+        return None, None, "its batch axis cannot be found"
+    layout, bias = layouts.pop(), next((b for b in biases if b), None)
+    names = tuple(n for n in ((None if key == bias else key), bias) if n)
+    shapes = tuple(tuple(chosen[n].shape) for n in names)
+    name = key.rpartition(".")[0] or key
+    if key.rpartition(".")[2] not in ("weight", "bias"):
+        name = key
+    weight = chosen[key]
+    if not ops & MATRIX:
+        if len(ops) > 1:
+            return None, None, f"used by {' and '.join(sorted(ops))}"
+        return vector_block(name, ops.pop(), None if key == bias else key, bias, shapes), layout, ""
+    extra = int(bias is not None)
+    if ops == {"embedding"}:
+        return Block(name, "embedding", "embedding", "embedding", 1, weight.shape[1], weight.shape[0], key, None, shapes), layout, ""
+    if ops == {"conv"}:
+        groups = {int(a.options["groups"]) for _, a, _ in calls}
+        if len(groups) == 1:
+            g = groups.pop()
+            width = int(weight[0].numel()) + extra
+            return Block(name, "conv", "conv", "kronecker", g, weight.shape[0] // g, width, key, bias, shapes), layout, ""
+    if ops == {"addmm"}:
+        return Block(name, "linear", "transposed", "kronecker", 1, weight.shape[1], weight.shape[0] + extra, key, bias, shapes), layout, ""
+    if ops <= {"linear", "embedding"}:
+        kind = "linear" if ops == {"linear"} else "tied linear and embedding"
+        return Block(name, kind, "linear", "kronecker", 1, weight.shape[0], weight.shape[1] + extra, key, bias, shapes), layout, ""
+    return None, None, f"used by {' and '.join(sorted(ops))}"
+
+
+def _layout(few: Call, more: Call) -> Layout | None:
+    a, b = few.output, more.output
+    assert a is not None and b is not None
+    if a.ndim != b.ndim:
+        return None
+    axes = [d for d in range(a.ndim) if a.shape[d] != b.shape[d]]
+    if len(axes) != 1:
+        return None
+    d = axes[0]
+    if (a.shape[d], b.shape[d]) == (2, 3):
+        # A scale or shift along the batch axis itself would be shared by position in the batch.
+        reach = few.weight.ndim if few.weight is not None and few.op in ("scale", "shift") and not few.options.get("channels") else 0
+        return Layout(d) if d < a.ndim - reach or few.weight is None or few.weight.shape[d - a.ndim] == 1 and d == 0 else None
+    return Layout(0, folded=True) if d == 0 and a.shape[0] * 3 == b.shape[0] * 2 and few.op in ("addmm", "linear") else None
+
+
+def _direct(chosen: dict[str, Tensor], name: str, why: str) -> Block:
+    reason = f"one example at a time: {why if ' ' in why else f'used by {why}'}"
+    return vector_block(name, "direct", name, None, (tuple(chosen[name].shape),), direct=True, reason=reason)
+
+
+def _verify(attributed: Attributed, batch: Batch) -> Attributed:
+    """The same with every block's captured gradient checked against autograd, and its number of positions filled in."""
+    problem, tolerance = attributed.problem, 1e-6 if attributed.dtype == torch.float64 else 2e-3
+    losses, truths = zip(*(_single(attributed, example(batch, i, 2)) for i in range(2)), strict=True)
+    tape = attributed.tape(batch)
+    together = problem.likelihood.loss(tape.outputs.detach(), batch.targets)
+    if together.shape != (2,):
+        raise InputError(f"the loss must be one number per example, shape (2,) for a batch of 2, got {tuple(together.shape)}; do not average it")
+    measured = problem.measurement(tape.outputs.detach(), batch.targets)
+    if measured.shape != (2,):
+        raise InputError(f"the measurement must be one number per example, shape (2,) for a batch of 2, got {tuple(measured.shape)}")
+    for i in range(2):
+        if not bool(torch.isfinite(together[i])):
+            raise InputError(f"the loss of train example {i} is {float(together[i])}; mend the example or the model's outputs")
+        if abs(float(together[i]) - losses[i]) > tolerance * (1 + abs(losses[i])):
+            raise InputError(
+                f"the loss of train example {i} is {losses[i]:.6g} alone and {float(together[i]):.6g} in a batch of 2: "
+                "it depends on the other examples (batch statistics?); use running statistics or per-example normalisation"
+            )
+    scale = max(float(torch.sqrt(sum((g.square().sum() for g in t.values()), torch.zeros(())))) for t in truths)
+    blocks = []
+    for block, pairs in zip(attributed.blocks, tape.pairs(tape.seed(problem.likelihood.loss)), strict=True):
+        checked = replace(block, positions=max(sum(p.positions for p in pairs), 1))
+        captured = example_gradients(checked, pairs)
+        truth = torch.stack([to_matrix(block, t) for t in truths])
+        error = float((captured - truth).norm() / (truth.norm() + 1e-6 * scale + 1e-30))
+        if error <= tolerance:
+            blocks.append(checked)
+        elif block.direct:
+            raise InputError(f"{block.name} has no per-example gradient ({block.reason}; it differs by {error:.1e} in a batch); put it in `exclude`")
+        else:
+            parameters = dict(attributed.model.named_parameters())
+            why = f"its captured gradient differs from autograd's by {error:.1e}"
+            blocks += [_direct(parameters, name, why) for name in block.parameters]
+    again = replace(attributed, blocks=tuple(blocks))
+    return again if len(blocks) == len(attributed.blocks) and all(a.direct == b.direct for a, b in zip(blocks, attributed.blocks, strict=True)) \
+        else _verify(again, batch)
+
+
+def _single(attributed: Attributed, batch: Batch) -> tuple[float, dict[str, Tensor]]:
+    names = [n for block in attributed.blocks for n in block.parameters]
+    parameters = dict(attributed.model.named_parameters())
+    with torch.enable_grad():
+        loss = attributed.problem.likelihood.loss(attributed.problem.predict(attributed.model, batch), batch.targets)
+        found = torch.autograd.grad(loss.sum(), [parameters[n] for n in names], allow_unused=True)
+    return float(loss.detach().sum()), {
+        n: torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, found, strict=True)
+    }
+
+
+def example_gradients(block: Block, pairs: Sequence[Pair]) -> Tensor:
+    """Per-example gradients (batch, groups, out, in) of a block, summed over positions and uses."""
+    total: Tensor | None = None
+    for pair in pairs:
+        if pair.one_hot:
+            matrix = pair.left.new_zeros(len(pair.right), block.in_, block.out)
+            matrix.scatter_add_(1, pair.right[..., None].expand(-1, -1, block.out), pair.left[0])
+            each = matrix.transpose(1, 2)[:, None]
+        else:
+            each = torch.einsum("gbto,gbti->bgoi", pair.left, pair.right)
+        total = each if total is None else total + each
+    assert total is not None
+    return total

@@ -1,0 +1,153 @@
+"""What is attributed: a model, its training data and the queries, as one class that a user writes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tda.errors import InputError
+from tda.likelihoods import Likelihood
+
+Split = Literal["train", "query"]
+
+
+class Batch(NamedTuple):
+    """Collated examples: `inputs` as the dataset yields them with a batch axis in front, `targets` likewise."""
+
+    inputs: Any
+    targets: Tensor
+
+
+class Problem(ABC):
+    """A model, its data and its likelihood. Datasets are map-style: dataset[i] -> (inputs, targets), and i is the example's id."""
+
+    likelihood: ClassVar[Likelihood]
+    #: Which direction of the measurement is good news: decides what "helpful" means.
+    better: ClassVar[Literal["lower", "higher"]] = "lower"
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The architecture; its weights come from the checkpoint. Its floating dtype is the dtype of the run."""
+
+    @abstractmethod
+    def train_data(self) -> Any:
+        """The training set, map-style."""
+
+    @abstractmethod
+    def query_data(self) -> Any:
+        """The queries, map-style."""
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Outputs (batch, classes) or (batch, tokens, vocabulary); by default model(inputs), model(**inputs) for a dict of inputs."""
+        return model(**batch.inputs) if isinstance(batch.inputs, dict) else model(batch.inputs)
+
+    def measurement(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """f_q per query, shape (batch,): the loss unless overridden (then say `better = "higher"` where more is better)."""
+        return self.likelihood.loss(outputs, targets)
+
+    def mask(self, batch: Batch) -> Tensor | None:
+        """(batch, tokens) boolean, True at real positions; None: all are real. By default a dict's `attention_mask`."""
+        if isinstance(batch.inputs, dict) and "attention_mask" in batch.inputs:
+            found: Tensor = batch.inputs["attention_mask"].bool()
+            return found
+        return None
+
+    def fit(self, model: nn.Module, dataset: Any, *, seed: int, on_checkpoint: Callable[..., None]) -> None:
+        """Train `model` in place; only needed where no checkpoint is given, or for retraining."""
+        raise InputError(f"{type(self).__name__} has no fit(model, dataset, *, seed, on_checkpoint): give a checkpoint or define it")
+
+    def collate(self, examples: list[Any]) -> Any:
+        """A list of dataset items -> (inputs, targets) with a batch axis; torch's default collation."""
+        return torch.utils.data.default_collate(examples)
+
+    def describe(self, split: Split, i: int) -> Any:
+        """Text, image array or dict that shows example i of a split in reports; by default its inputs."""
+        data = self.train_data() if split == "train" else self.query_data()
+        return data[i][0]
+
+
+def can_fit(problem: Problem) -> bool:
+    """Whether the problem's class defines its own training."""
+    return type(problem).fit is not Problem.fit
+
+
+def measurement_of(problem: Problem) -> dict[str, str]:
+    """Name of the measurement and the direction that is good news, as stored with a run."""
+    own = type(problem).measurement is not Problem.measurement
+    return {"name": "measurement" if own else "loss", "better": problem.better}
+
+
+def load_problem(spec: str, options: dict[str, Any] | None = None) -> Problem:
+    """The problem named "package.module:Class" or "path/to/file.py:Class", built with `options` as keyword arguments.
+
+    Raises InputError where the import fails, the class is absent or lacks a required method, or the options do not fit.
+    """
+    kind = _problem_class(spec)
+    missing = sorted(getattr(kind, "__abstractmethods__", ()))
+    if missing:
+        raise InputError(f"problem {spec!r}: {kind.__name__} lacks the required method{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+    if not hasattr(kind, "likelihood"):
+        raise InputError(f"problem {spec!r}: {kind.__name__} has no `likelihood`; add e.g. likelihood = tda.Categorical()")
+    try:
+        inspect.signature(kind).bind(**(options or {}))
+    except TypeError as error:
+        raise InputError(f"problem {spec!r}: [problem_options] do not fit {kind.__name__}{inspect.signature(kind)}: {error}") from error
+    return kind(**(options or {}))
+
+
+def _problem_class(spec: str) -> type[Problem]:
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise InputError(f'problem {spec!r} must be "package.module:Class" or "path/to/file.py:Class"')
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's module raises at import is the user's to see, in one line
+        raise InputError(f"problem {spec!r}: importing {place} failed: {type(error).__name__}: {error}") from error
+    kind = getattr(module, name, None)
+    if kind is None:
+        known = [k for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Problem) and v is not Problem]
+        raise InputError(f"problem {spec!r}: {place} has no class {name}; it has {', '.join(known) or 'no Problem class'}")
+    if not (inspect.isclass(kind) and issubclass(kind, Problem)):
+        raise InputError(f"problem {spec!r}: {name} is not a subclass of tda.Problem")
+    return kind
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"problem file {path} does not exist; paths are taken from the config file's folder")
+    # A name made from the path: two files of one name must not share an entry, and pickled references must resolve again.
+    name = "tda_problem_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"problem file {path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def problem_digest(spec: str, options: dict[str, Any]) -> str:
+    """sha256 of what determines a problem's computations: its name, its options and the source of its module."""
+    source = inspect.getsourcefile(_problem_class(spec))
+    text = Path(source).read_bytes() if source else b""
+    head = json.dumps([spec.rpartition(":")[2], options], sort_keys=True, default=str).encode()
+    return hashlib.sha256(head + text).hexdigest()
