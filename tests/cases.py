@@ -25,7 +25,7 @@ from torch.nn import functional
 
 DATA = Path(__file__).parent / "data"
 FIX_DAMPING = {"d": 3.2961089000065286e-04, "D": 3.661821551196395e-05, "C": 1.7318161219838357e-04, "T": 2.1815019189589226e-03}
-DATA_FILE = {"d": "digits.npz", "D": "digits.npz", "C": "digits16.npz"}
+COMMITTED = {"d": "digits.npz", "D": "digits.npz", "C": "digits16.npz"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class CNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for conv in (self.conv1, self.conv2, self.conv3):
             x = functional.relu(conv(x))
-        return self.fc(x.flatten(1))
+        scores: Tensor = self.fc(x.flatten(1))
+        return scores
 
 
 def rotate(x: Tensor, width: int, base: float = 10000.0) -> Tensor:
@@ -179,7 +180,7 @@ def new_model(name: str) -> nn.Module:
 
 def available(name: str) -> str | None:
     """None when the case can be loaded, else why not."""
-    if name in DATA_FILE:
+    if name in COMMITTED:
         return None
     folder = os.environ.get("TDA_CASES")
     if not folder:
@@ -187,9 +188,9 @@ def available(name: str) -> str | None:
     return None if (Path(folder) / f"{name}.safetensors").exists() else f"{name}.safetensors is not in TDA_CASES={folder}"
 
 
-def load_case(name: str, dtype: torch.dtype = torch.float64) -> Case:
-    """The case with model and inputs in `dtype`; the truths stay float64."""
-    folder = DATA if name in DATA_FILE else Path(os.environ["TDA_CASES"])
+def load_case(name: str, dtype: torch.dtype = torch.float64, folder: Path | None = None) -> Case:
+    """The case with model and inputs in `dtype`; the truths stay float64. folder: where to read it, if not from the places above."""
+    folder = folder or (DATA if name in COMMITTED else Path(os.environ["TDA_CASES"]))
     model = new_model(name)
     model.load_state_dict(load_file(folder / f"{name}.safetensors"))
     train_inputs, train_targets, query_inputs, query_targets = _data(folder, name)
@@ -203,7 +204,8 @@ def load_case(name: str, dtype: torch.dtype = torch.float64) -> Case:
 
 
 def _data(folder: Path, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with np.load(folder / DATA_FILE.get(name, f"{name}.npz")) as arrays:
+    own = folder / f"{name}.npz"
+    with np.load(own if own.exists() else folder / COMMITTED[name]) as arrays:
         data = {key: torch.from_numpy(arrays[key]) for key in arrays}
     if name == "T":
         return data["ids_train"], data["ids_train"], data["ids_query"], data["ids_query"]
