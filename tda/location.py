@@ -62,7 +62,7 @@ def join(url: str, *parts: str) -> str:
     for part in parts:
         if not part or part.startswith("/") or "\\" in part or any(piece in ("", ".", "..") for piece in part.split("/")):
             raise InputError(f"{part!r} cannot be a name below {url}: names are relative and contain neither '..' nor empty parts")
-    return "/".join([url.rstrip("/"), *parts])
+    return "/".join([url.removesuffix("/"), *parts])
 
 
 def exists(url: str) -> bool:
@@ -179,8 +179,9 @@ def _zarr_store(url: str, *, read_only: bool) -> FsspecStore:
     return FsspecStore(fs, read_only=read_only, path=url.removeprefix("file://"))
 
 
-# Listings are not cached: another process adds runs while this one is open.
-_S3_OPTIONS: dict[str, Any] = {"use_listings_cache": False}
+# Listings are not cached: another process adds runs while this one is open. Objects are chunks of a few MiB: one request each, where
+# s3fs would first ask for the length to split a large one.
+_S3_OPTIONS: dict[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
 
 
 def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

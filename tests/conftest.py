@@ -73,7 +73,12 @@ def use_s3(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
 def forget_s3() -> None:
     """Drop the file systems that remember another server."""
     from s3fs import S3FileSystem
+    from zarr.core.sync import sync
 
+    for filesystem in list(S3FileSystem._cache.values()):
+        # s3fs closes its own connections when it is dropped, but not those that Zarr opened in its event loop.
+        if filesystem.asynchronous and filesystem._s3 is not None:
+            sync(filesystem._s3creator.__aexit__(None, None, None))
     S3FileSystem.clear_instance_cache()
 
 
