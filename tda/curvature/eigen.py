@@ -102,9 +102,13 @@ def _add_squares(block: Block, factor: Factor, total: Tensor, pairs: Sequence[Pa
 
 def rotate_rows(factor: Factor, pair: Pair, products: Products = "full") -> tuple[Tensor, Tensor]:
     """left U_S and right U_A of a pair, same shapes."""
-    left = pair.left if factor.basis_out is None else matmul(pair.left, factor.basis_out[:, None], products)
-    right = pair.right if factor.basis_in is None or pair.one_hot else matmul(pair.right, factor.basis_in[:, None], products)
-    return left, right
+    right = pair.right if pair.one_hot else _times(pair.right, factor.basis_in, products)
+    return _times(pair.left, factor.basis_out, products), right
+
+
+def _times(rows: Tensor, basis: Tensor | None, products: Products) -> Tensor:
+    # Flattened, because a basis broadcast over the batch would be multiplied once per example.
+    return rows if basis is None else matmul(rows.flatten(1, 2), basis, products).view(*rows.shape[:3], -1)
 
 
 def rotate(factor: Factor, matrix: Tensor, *, back: bool = False, products: Products = "full") -> Tensor:

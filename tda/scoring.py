@@ -1,0 +1,159 @@
+"""Scores: inner products of directions with training gradients. One pass over the training examples serves all methods and queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tda.blocks import Block, Pair
+from tda.costs import gram_form
+from tda.curvature.eigen import Factor, merged_embedding, rotate_rows, rotated_gradients
+from tda.curvature.inverse import inverse_eigenvalues
+from tda.data import batches
+from tda.directions import Dense, Direction, check_finite, inner
+from tda.methods.method import Method
+from tda.modules import Attributed, example_gradients
+from tda.products import Products, fast_float32, matmul
+
+#: Per-example gradients of one block are made for at most this many bytes at a time.
+GRADIENT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One method, ready to score: a direction and (where it has curvature) a factor per block, and the queries' gradient norms (query,)."""
+
+    method: Method
+    directions: Sequence[Direction]
+    factors: Sequence[Factor | None]
+    norms: Tensor
+
+
+@dataclass(frozen=True)
+class ShardScores:
+    """influence (method, query, train); self_influence (method, train): each example's effect on its own loss, or None;
+    loss (train,); mass (method, block): sum of |score| by block, from which the layers' shares are taken."""
+
+    influence: Tensor
+    self_influence: Tensor | None
+    loss: Tensor
+    mass: Tensor
+
+
+def score(
+    attributed: Attributed,
+    scorers: Sequence[Scorer],
+    dataset: Any,
+    ids: Sequence[int],
+    *,
+    examples: int,
+    batch_size: int,
+    products: Products = "full",
+    self_influence: bool = True,
+) -> ShardScores:
+    """Score training examples `ids` of a training set of `examples` (N) under every method.
+
+    influence[q, i] = (1/N) <V_q, grad l_i>: the change of measurement q predicted from adding example i to the training objective with
+    weight 1/N. Cosine methods are divided by the norms instead. Raises InputError naming an example whose loss is not finite.
+    """
+    found = []
+    with fast_float32():
+        for part in batches(ids, batch_size):
+            found.append(_score_batch(attributed, scorers, dataset, part, examples, products, self_influence))
+    selves = [f.self_influence for f in found if f.self_influence is not None]
+    return ShardScores(
+        torch.cat([f.influence for f in found], 2),
+        torch.cat(selves, 1) if selves else None,
+        torch.cat([f.loss for f in found]),
+        torch.stack([f.mass for f in found]).sum(0),
+    )
+
+
+def _score_batch(
+    attributed: Attributed, scorers: Sequence[Scorer], dataset: Any, ids: Sequence[int], examples: int, products: Products, selves: bool
+) -> ShardScores:
+    batch = attributed.load(dataset, ids)
+    tape = attributed.tape(batch)
+    loss = attributed.problem.likelihood.loss(tape.outputs.detach(), batch.targets)
+    check_finite(loss, ids, "loss of train example")
+    queries = len(scorers[0].norms) if scorers else 0
+    influence = loss.new_zeros(len(scorers), queries, len(ids))
+    own = loss.new_zeros(len(scorers), len(ids))
+    norms = loss.new_zeros(len(ids))
+    mass = torch.zeros(len(scorers), len(attributed.blocks), dtype=torch.float64)
+    for b, (block, pairs) in enumerate(zip(attributed.blocks, tape.pairs(tape.seed(attributed.problem.likelihood.loss)), strict=True)):
+        if not pairs:
+            continue
+        scores = _block_scores(block, [s.directions[b] for s in scorers], pairs, products)
+        for m, (scorer, each) in enumerate(zip(scorers, scores, strict=True)):
+            influence[m] += each
+            mass[m, b] = each.abs().sum(dtype=torch.float64)
+            if selves and not scorer.method.cosine:
+                own[m] += self_products(block, scorer.factors[b], scorer.method, pairs, products)
+        if any(s.method.cosine for s in scorers):
+            norms += gradient_squares(block, pairs)
+    for m, scorer in enumerate(scorers):
+        _to_unit(scorer, influence[m], own[m], norms, examples)
+    return ShardScores(influence, own if selves else None, loss, mass)
+
+
+def _to_unit(scorer: Scorer, influence: Tensor, own: Tensor, norms: Tensor, examples: int) -> None:
+    """In place: the common sign and unit, or the cosine."""
+    if scorer.method.cosine:
+        influence /= (scorer.norms[:, None].to(norms.dtype) * norms.sqrt()).clamp(min=torch.finfo(norms.dtype).tiny)
+        own.fill_(-1.0)
+    else:
+        influence /= examples
+        own /= -examples
+
+
+def _block_scores(block: Block, directions: Sequence[Direction], pairs: Sequence[Pair], products: Products) -> list[Tensor]:
+    """(query, batch) of each direction for one block; gradients are made once for all of them, in pieces that bound the memory."""
+    needed = block.form != "embedding" and any(isinstance(d, Dense) for d in directions)
+    size = pairs[0].left.shape[1]
+    step = max(1, GRADIENT_BYTES // (4 * block.size)) if needed else size
+    pieces: list[list[Tensor]] = [[] for _ in directions]
+    for start in range(0, size, step):
+        part = pairs if step >= size else [_slice(pair, start, start + step) for pair in pairs]
+        gradients = _gradients(block, part, products) if needed else None
+        for into, direction in zip(pieces, directions, strict=True):
+            into.append(inner(direction, block, part, gradients, products))
+    return [p[0] if len(p) == 1 else torch.cat(p, 1) for p in pieces]
+
+
+def _gradients(block: Block, pairs: Sequence[Pair], products: Products) -> Tensor:
+    if products == "full" or pairs[0].positions == 1:
+        return example_gradients(block, pairs)
+    parts = [(pair.left.bfloat16().transpose(2, 3) @ pair.right.bfloat16()).transpose(0, 1) for pair in pairs]
+    return sum(parts[1:], start=parts[0])
+
+
+def _slice(pair: Pair, start: int, stop: int) -> Pair:
+    right = pair.right[start:stop] if pair.one_hot else pair.right[:, start:stop]
+    return Pair(pair.left[:, start:stop], right, pair.gradient, None if pair.mask is None else pair.mask[start:stop])
+
+
+def gradient_squares(block: Block, pairs: Sequence[Pair]) -> Tensor:
+    """||D_b||^2 of a batch, (batch,): in Gram form where that is cheaper (see `tda.costs`)."""
+    positions = sum(pair.positions for pair in pairs)
+    if any(pair.one_hot for pair in pairs) or not gram_form(positions, positions, block.out, block.in_):
+        return example_gradients(block, pairs).flatten(1).square().sum(1)
+    left, right = (torch.cat([getattr(pair, side) for pair in pairs], 2) for side in ("left", "right"))
+    return ((left @ left.transpose(2, 3)) * (right @ right.transpose(2, 3))).sum((0, 2, 3))
+
+
+def self_products(block: Block, factor: Factor | None, method: Method, pairs: Sequence[Pair], products: Products = "full") -> Tensor:
+    """g_b^T P^-1 g_b of one block for a batch, (batch,), with P the method's damped curvature."""
+    if factor is None or method.curvature is None:
+        return gradient_squares(block, pairs)
+    inverse = inverse_eigenvalues(factor, method.curvature, getattr(method, "damping", 0.0))
+    if len(pairs) == 1 and pairs[0].positions == 1 and not pairs[0].one_hot:
+        left, right = (side[:, :, 0].square() for side in rotate_rows(factor, pairs[0], products))
+        return (matmul(left, inverse, products) * right).sum((0, 2))
+    if block.form == "embedding":
+        return torch.stack([(rows.square() * inverse[0][:, ids].T).sum() for rows, ids in merged_embedding(factor, pairs, block.in_, products)])
+    return torch.stack([(g.square() * inverse).sum() for g in rotated_gradients(block, factor, pairs, products)])
