@@ -9,6 +9,9 @@ From the repository's root. Prints one JSON line:
     peak_rss_mb     highest resident memory of the process, in 10^6 bytes; start_rss_mb: the same before the first call
     spearman        per-query rank correlation with the truths, mean and least, where there is a truth for these settings
 
+--loss-dtype float64 for comparing ranks: in float32 the loss of a well-classified example has a gradient of softmax - 1 that is mostly
+rounding, which puts the scores of such a query in random order.
+
 Only their computation is timed: the library is imported, and model and data are in memory. The factors and scores that they write go
 to a temporary folder; that is part of their time, as it is for their users. Scores are saved as they give them: + g_q^T M^-1 g_i.
 """
@@ -36,21 +39,23 @@ from torch.utils.data import TensorDataset
 
 from tests import cases
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}  # of the model; bfloat16 is their autocast
+# Of the model; their bfloat16 is autocast.
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32, "bfloat16-smart": torch.float32}
 # Examples per batch in fitting, per query batch and per training batch in scoring: the fastest of those tried on one thread.
-BATCHES = {"d": (512, 360, 512), "D": (512, 360, 512), "C": (256, 360, 256), "T": (16, 64, 16)}
+BATCHES = {"d": (512, 360, 512), "D": (512, 360, 512), "C": (256, 360, 128), "T": (16, 64, 16)}
 
 
 class CaseTask(Task):
     """Cross-entropy, of a class or of the next tokens, summed over the batch."""
 
-    def __init__(self, layers: list[str] | None) -> None:
+    def __init__(self, layers: list[str] | None, loss_dtype: torch.dtype) -> None:
         super().__init__()
         self.layers = layers
+        self.loss_dtype = loss_dtype
 
     def compute_train_loss(self, batch: list[Tensor], model: nn.Module, sample: bool = False) -> Tensor:
         inputs, targets = batch
-        outputs = model(inputs).float() if inputs.dtype != torch.float64 else model(inputs)
+        outputs = model(inputs).to(self.loss_dtype)
         return cases.loss(outputs, draw(outputs, targets) if sample else targets).sum()
 
     def compute_measurement(self, batch: list[Tensor], model: nn.Module) -> Tensor:
@@ -70,20 +75,17 @@ def draw(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def arguments(fisher: str, dtype: str, damping: float | None) -> tuple[FactorArguments, ScoreArguments]:
-    """Their own presets: the defaults, all low precision for bfloat16, and everything float64 for comparing numbers."""
-    if dtype == "bfloat16":
-        factors, scores = factor_arguments.all_low_precision_factor_arguments(), score_arguments.all_low_precision_score_arguments(damping)
-    elif dtype == "float64":
-        factors, scores = factor_arguments.pytest_factor_arguments(), score_arguments.pytest_score_arguments(damping)
-    else:
-        factors, scores = factor_arguments.default_factor_arguments(), score_arguments.default_score_arguments(damping)
+    """Their own presets: the defaults, all or part in bfloat16, and everything float64 for comparing numbers."""
+    prefix = {"float32": "default", "float64": "pytest", "bfloat16": "all_low_precision", "bfloat16-smart": "smart_low_precision"}[dtype]
+    factors = getattr(factor_arguments, f"{prefix}_factor_arguments")()
+    scores = getattr(score_arguments, f"{prefix}_score_arguments")(damping)
     factors.use_empirical_fisher = fisher == "empirical"
     return factors, scores
 
 
 def measure(case: cases.Case, options: argparse.Namespace, folder: str) -> tuple[dict[str, float], Tensor]:
     """Fit and score once; seconds and the scores (Q, N)."""
-    task = CaseTask(cases.tracked_layers(case.model) if case.name == "T" else None)
+    task = CaseTask(cases.tracked_layers(case.model) if case.name == "T" else None, DTYPES[options.loss_dtype])
     analyzer = Analyzer("peer", prepare_model(case.model, task), task, cpu=True, log_level=50, disable_tqdm=True, output_dir=folder)
     size = options.sequences or len(case.train_inputs)
     train = TensorDataset(case.train_inputs[:size], case.train_targets[:size])
@@ -148,6 +150,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fisher", choices=["empirical", "sampled"], default="empirical")
     parser.add_argument("--damping", choices=["heuristic", "fix"], default="heuristic")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="bfloat16: their all-low-precision preset")
+    parser.add_argument("--loss-dtype", choices=["float32", "float64"], default="float32", help="of the outputs inside the loss")
     parser.add_argument("--sequences", type=int, help="only the first so many training examples")
     parser.add_argument("--batches", type=int, nargs=3, metavar=("FIT", "QUERY", "TRAIN"))
     parser.add_argument("--onednn", action="store_true", help="send float32 matrix products to oneDNN")
@@ -168,7 +171,7 @@ def main(argv: list[str]) -> None:
         measured, scores = measure(case, options, folder)
     if options.save:
         np.save(options.save, scores.float().numpy() if options.dtype != "float64" else scores.numpy())
-    settings = {key: getattr(options, key) for key in ("case", "threads", "fisher", "damping", "dtype", "onednn")}
+    settings = {key: getattr(options, key) for key in ("case", "threads", "fisher", "damping", "dtype", "loss_dtype", "onednn")}
     print(json.dumps({"peer": "kronfluence", **settings, "shape": list(scores.shape), **measured, **agreement(case, options, scores)}))
 
 
