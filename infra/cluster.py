@@ -1,11 +1,12 @@
 """The Dask cluster that a run's shards go to: worker processes on this machine, or a scheduler that runs elsewhere."""
 
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from infra.settings import Settings
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 R = TypeVar("R")
+
+THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Dask sets these for its worker processes, by way of the environment of the process that starts them.
+WORKER_ENVIRONMENT = dict.fromkeys(THREAD_COUNTS, "1") | {"MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONHASHSEED": "6640"}
+LOCAL_CONFIG = {
+    # torch may hold the GIL longer than any heartbeat; a local worker that dies closes its connection anyway.
+    "distributed.scheduler.worker-ttl": None,
+    "distributed.comm.timeouts.connect": "60s",
+}
 
 
 class ClusterError(RuntimeError):
@@ -87,7 +97,7 @@ def run_shards(
     key = f"{stage}-{uuid.uuid4().hex[:8]}"
     futures = client.map(function, shards, key=[f"{key}-{i}" for i in range(len(shards))], pure=False, retries=retries)
     try:
-        _follow(futures, stage, on_done)
+        _follow(client, futures, stage, on_done)
         gathered: list[R] = client.gather(futures)
     except BaseException:  # a failed shard, or Ctrl-C: what has not started need not start
         client.cancel(futures)
@@ -95,11 +105,11 @@ def run_shards(
     return gathered
 
 
-def _follow(futures: "list[Future]", stage: str, on_done: Callable[[int], None] | None) -> None:
+def _follow(client: "Client", futures: "list[Future]", stage: str, on_done: Callable[[int], None] | None) -> None:
     from distributed import as_completed
 
     positions = {future.key: i for i, future in enumerate(futures)}
-    for future in as_completed(futures):
+    for future in as_completed(futures, loop=client.loop):
         position = positions[future.key]
         if future.status != "finished":
             raise ShardFailed(stage, position, _cause(future))
@@ -113,15 +123,17 @@ def _local(spec: ClusterSpec) -> "Iterator[Client]":
     from distributed import Client, LocalCluster
 
     with (
-        dask.config.set(_local_config(spec.threads)),
+        _environment_of_workers(spec.threads),
+        dask.config.set(LOCAL_CONFIG),
         _quiet_log(),
         LocalCluster(
             n_workers=spec.workers,
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
-            worker_dashboard_address=None,
+            # The scheduler always serves HTTP; with no dashboard, and on any free port, two runs on one machine do not meet.
+            dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
             memory_limit=spec.memory_limit or "auto",
             silence_logs=logging.CRITICAL,
         ) as cluster,
@@ -135,10 +147,12 @@ def _remote(address: str) -> "Iterator[Client]":
     from distributed import Client
 
     timeout = Settings().connect_timeout
+    message = f"no Dask scheduler answers at {address!r} within {timeout:g} s; start one or correct cluster.address"
+    if not address:  # for Dask that means: start a cluster of your own
+        raise ClusterError(message)
     try:
         client = Client(address, timeout=timeout, set_as_default=False)
     except (OSError, ValueError) as error:
-        message = f"no Dask scheduler answers at {address!r} within {timeout:g} s; start one or correct cluster.address"
         raise ClusterError(message) from error
     with client:
         try:
@@ -149,20 +163,23 @@ def _remote(address: str) -> "Iterator[Client]":
         yield client
 
 
-def _local_config(threads: int) -> dict[str, Any]:
+@contextmanager
+def _environment_of_workers(threads: int) -> Iterator[None]:
+    """Set what each numeric library reads when a worker imports it, and put back what was there.
+
+    It has to be this process's own environment: there Dask looks first, and it writes its defaults there for good.
+    """
     count = str(threads)
-    return {
-        # Read by each library when a worker process imports it, hence before it starts.
-        "distributed.nanny.pre-spawn-environ": {
-            "OMP_NUM_THREADS": count,
-            "MKL_NUM_THREADS": count,
-            "OPENBLAS_NUM_THREADS": count,
-            "MALLOC_TRIM_THRESHOLD_": "65536",
-        },
-        # torch may hold the GIL longer than any heartbeat; a local worker that dies closes its connection anyway.
-        "distributed.scheduler.worker-ttl": None,
-        "distributed.comm.timeouts.connect": "60s",
-    }
+    before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
+    os.environ.update(WORKER_ENVIRONMENT | dict.fromkeys(THREAD_COUNTS, count))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

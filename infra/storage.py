@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
@@ -123,11 +122,13 @@ def split(url: str) -> tuple[str, str]:
         path = rest.strip("/")
         if not rest.startswith("//") or not path:
             raise StoreError(f"{url}: names no bucket; use s3://bucket/prefix")
+        if "@" in path.split("/")[0]:
+            raise StoreError("the store's URL carries credentials; put them into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         if ".." in path.split("/"):
             raise StoreError(f'{url}: ".." has no meaning in a bucket; write the key out')
         return "s3", path
     if scheme == "file":
-        return "file", str(Path(unquote(rest.removeprefix("//"))).absolute())
+        return "file", str(Path(rest.removeprefix("//")).absolute())
     if colon and "/" not in scheme:
         raise StoreError(f'{url}: scheme "{scheme}" is not supported; use file:./store or s3://bucket/prefix')
     return "file", str(Path(url).absolute())
@@ -138,7 +139,7 @@ def _retried(url: str, operation: Callable[[], T]) -> T:
     attempts = Retrying(
         retry=retry_if_exception(is_transient),
         stop=stop_after_attempt(settings.storage_attempts),
-        wait=wait_exponential_jitter(initial=settings.storage_wait, max=10.0, jitter=settings.storage_wait),
+        wait=wait_exponential_jitter(multiplier=settings.storage_wait, max=10.0, jitter=settings.storage_wait),
         reraise=True,
     )
     with _as_store_error(url):

@@ -1,0 +1,163 @@
+"""Shards come back in order; what goes wrong on a worker is told in one line; nothing is left running."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+
+from infra.cluster import ClusterError, ClusterSpec, ShardFailed, open_cluster, run_shards
+
+ELSEWHERE: dict[str, Any] = {"processes": False, "host": "127.0.0.1", "protocol": "tcp", "dashboard_address": "127.0.0.1:0"}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with open_cluster(ClusterSpec(workers=2)) as opened:
+        yield opened
+
+
+def slow_square(x: int) -> int:
+    time.sleep(0.02 * (5 - x))  # the first shards finish last
+    return x * x
+
+
+def fails_on_three(x: int) -> int:
+    if x == 3:
+        raise ValueError("three\nis not a shard")
+    return x
+
+
+def fails_once(folder: str) -> str:
+    marker = Path(folder) / "tried"
+    if not marker.exists():
+        marker.touch()
+        raise OSError("first try")
+    return "second try"
+
+
+def dies_once(folder: str) -> str:
+    marker = Path(folder) / "died"
+    if not marker.exists():
+        marker.touch()
+        os._exit(1)
+    return "alive"
+
+
+def always_dies(x: int) -> int:
+    if x == 1:
+        os._exit(1)
+    return x
+
+
+def environment(_: int) -> dict[str, str]:
+    return dict(os.environ)
+
+
+def test_results_come_in_the_order_of_the_shards_and_each_is_reported(client: Client) -> None:
+    done: list[int] = []
+    assert run_shards(client, slow_square, range(6), stage="squares", on_done=done.append) == [0, 1, 4, 9, 16, 25]
+    assert sorted(done) == [0, 1, 2, 3, 4, 5]
+    assert run_shards(client, slow_square, [], stage="none") == []
+
+
+def test_the_same_shards_are_computed_again_when_asked_again(client: Client, tmp_path: Path) -> None:
+    first, second = (run_shards(client, time_of, [0], stage="time") for _ in range(2))
+    assert first != second
+
+
+def time_of(_: int) -> float:
+    return time.monotonic()
+
+
+def test_a_shard_that_raises_is_named_with_what_it_raised(client: Client) -> None:
+    with pytest.raises(ShardFailed) as caught:
+        run_shards(client, fails_on_three, range(6), stage="score", retries=1)
+    assert str(caught.value) == "stage 'score', shard 3: ValueError: three is not a shard"
+    assert (caught.value.stage, caught.value.shard) == ("score", 3)
+    assert isinstance(caught.value.cause, ValueError)
+
+
+def test_a_shard_that_raises_once_is_tried_again(client: Client, tmp_path: Path) -> None:
+    assert run_shards(client, fails_once, [str(tmp_path)], stage="fit") == ["second try"]
+
+
+def test_a_worker_that_is_killed_costs_nothing_but_time(client: Client, tmp_path: Path) -> None:
+    assert run_shards(client, dies_once, [str(tmp_path)], stage="fit") == ["alive"]
+
+
+def test_a_shard_that_kills_every_worker_is_told_apart(client: Client) -> None:
+    with pytest.raises(ShardFailed, match=r"stage 'fit', shard 1: every worker that ran it died \(out of memory"):
+        run_shards(client, always_dies, range(3), stage="fit")
+    assert run_shards(client, slow_square, [2], stage="after") == [4], "the cluster survives it"
+
+
+def test_workers_get_the_threads_asked_for_and_listen_on_this_machine_only() -> None:
+    with open_cluster(ClusterSpec(workers=1, threads=3)) as client:
+        (seen,) = run_shards(client, environment, [0], stage="environment")
+        assert [seen[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")] == ["3", "3", "3"]
+        info = client.scheduler_info(n_workers=-1)
+        assert [worker["nthreads"] for worker in info["workers"].values()] == [1]
+        family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        hosts = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        assert hosts == {"127.0.0.1"}
+
+
+def test_the_environment_of_this_process_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    with open_cluster(ClusterSpec(workers=1)) as client:
+        (seen,) = run_shards(client, environment, [0], stage="environment")
+    assert seen["OMP_NUM_THREADS"] == "1"
+    assert dict(os.environ) == before
+
+
+def test_a_cluster_starts_and_stops_quickly_silently_and_completely(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import time\n"
+        "from infra.cluster import ClusterSpec, open_cluster, run_shards\n"
+        "if __name__ == '__main__':\n"
+        "    with open_cluster(ClusterSpec(workers=2)) as client:\n"
+        "        assert run_shards(client, str, range(4), stage='text') == ['0', '1', '2', '3']\n"
+        "        begin = time.monotonic()\n"
+        "    assert time.monotonic() - begin < 5\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-W", "error", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_cluster_elsewhere_is_used_by_its_address() -> None:
+    with LocalCluster(n_workers=1, threads_per_worker=1, **ELSEWHERE) as elsewhere:
+        with open_cluster(ClusterSpec(kind="address", address=elsewhere.scheduler_address)) as client:
+            assert run_shards(client, slow_square, [3], stage="squares") == [9]
+        assert len(elsewhere.workers) == 1, "it is not ours to stop"
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "not an address", ""])
+def test_an_address_that_does_not_answer_is_refused_in_one_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDA_CONNECT_TIMEOUT", "1")
+    with (
+        pytest.raises(ClusterError, match="no Dask scheduler answers") as caught,
+        open_cluster(ClusterSpec(kind="address", address=address)),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_a_scheduler_without_workers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDA_CONNECT_TIMEOUT", "1")
+    with LocalCluster(n_workers=0, **ELSEWHERE) as elsewhere:
+        spec = ClusterSpec(kind="address", address=elsewhere.scheduler_address)
+        with pytest.raises(ClusterError, match="has no workers"), open_cluster(spec):
+            pass

@@ -1,0 +1,28 @@
+"""Settings come from the environment and never overrule what a person set."""
+
+import os
+
+import pytest
+from pydantic import ValidationError
+
+from infra.settings import Settings, quiet_prefect
+
+
+def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDA_STORE", "s3://bucket/prefix")
+    monkeypatch.setenv("TDA_STORAGE_ATTEMPTS", "2")
+    assert (Settings().store, Settings().storage_attempts) == ("s3://bucket/prefix", 2)
+
+
+def test_senseless_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDA_STORAGE_ATTEMPTS", "0")
+    with pytest.raises(ValidationError, match="storage_attempts"):
+        Settings()
+
+
+def test_prefect_is_quiet_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.delenv("DO_NOT_TRACK", raising=False)
+    quiet_prefect()
+    assert os.environ["PREFECT_LOGGING_LEVEL"] == "DEBUG"
+    assert os.environ["DO_NOT_TRACK"] == "1"
