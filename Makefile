@@ -1,0 +1,50 @@
+# make demo: attribute a real model, end to end.   make test: everything the tests need, then the tests.   make help: the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint unit bench soak clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+
+venv: .venv/.dev ## a virtual environment with all that development needs
+
+# torch first, by pip: its index may serve a CPU or a GPU build of the same version. The rest by uv, in seconds.
+.venv/.run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("tda needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch uv
+	$(UV) --editable .
+	@touch $@
+
+.venv/.dev: .venv/.run
+	$(UV) --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.run ## trains on the UCI digits, attributes, prints the answer and where the report is
+	$(BIN)/tda run docs/examples/digits.toml
+
+test: .venv/.dev ## installs what tests need (Debian packages too), then lint, types, import contracts, tests
+	tests/system-packages.sh
+	$(MAKE) --no-print-directory lint unit
+
+lint: .venv/.dev ## ruff, mypy --strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: .venv/.dev ## the tests alone
+	$(BIN)/python -m pytest
+
+bench: .venv/.dev ## measures against peers (minutes)
+	$(BIN)/python -m pytest -m bench tests/benchmarks
+
+soak: .venv/.dev ## the tests that take minutes
+	$(BIN)/python -m pytest -m soak
+
+clean: ## removes what can be made again; ./store stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
