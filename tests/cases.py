@@ -103,7 +103,8 @@ class Attention(nn.Module):
         query, key = rotate(query, channels // 4), rotate(key, channels // 4)
         later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
         weight = (query @ key.transpose(-1, -2) / math.sqrt(channels)).masked_fill(later, -math.inf).softmax(-1)
-        return self.dense((weight @ value).transpose(1, 2).reshape(batch, tokens, width))
+        mixed: Tensor = self.dense((weight @ value).transpose(1, 2).reshape(batch, tokens, width))
+        return mixed
 
 
 class FeedForward(nn.Module):
@@ -115,7 +116,8 @@ class FeedForward(nn.Module):
         self.dense_4h_to_h = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(functional.gelu(self.dense_h_to_4h(x)))
+        out: Tensor = self.dense_4h_to_h(functional.gelu(self.dense_h_to_4h(x)))
+        return out
 
 
 class Layer(nn.Module):
@@ -130,7 +132,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Trunk(nn.Module):
@@ -146,7 +149,8 @@ class Trunk(nn.Module):
         x = self.embed_in(ids)
         for layer in self.layers:
             x = layer(x)
-        return self.final_layer_norm(x)
+        out: Tensor = self.final_layer_norm(x)
+        return out
 
 
 class GPT(nn.Module):
@@ -158,7 +162,8 @@ class GPT(nn.Module):
         self.embed_out = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.embed_out(self.gpt_neox(ids))
+        logits: Tensor = self.embed_out(self.gpt_neox(ids))
+        return logits
 
 
 def tracked_layers(model: nn.Module) -> list[str]:
