@@ -55,6 +55,13 @@ def dense(direction: Direction) -> Tensor:
     return torch.einsum("qrgo,qrgi->qgoi", direction.left, direction.right)
 
 
+def head(direction: Direction, queries: int) -> Direction:
+    """The directions of the first queries."""
+    if isinstance(direction, Dense):
+        return Dense(direction.matrix[:queries])
+    return Factored(direction.left[:queries], direction.right[:queries])
+
+
 def scaled(direction: Direction, by: float) -> Direction:
     """The direction times a number."""
     if isinstance(direction, Dense):

@@ -84,6 +84,18 @@ def read_bytes(url: str) -> bytes:
         return bytes(fs.cat_file(path))
 
 
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """The bytes [start, stop) of one object; only they are fetched.
+
+    Raises:
+        FileNotFoundError: nothing is at `url`.
+        InputError: the store refuses or cannot be reached.
+    """
+    fs, path = _filesystem(url)
+    with _readable(url):
+        return bytes(fs.cat_file(path, start=start, end=stop))
+
+
 def read_json(url: str) -> dict[str, Any]:
     """The JSON object stored at `url`.
 

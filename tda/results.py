@@ -126,7 +126,7 @@ class Run:
 
     @cached_property
     def factors(self) -> xr.Dataset:
-        """Spectra per layer, lazily: "<layer>.eigenvalues" (out, in), "<layer>.kfac_in", "<layer>.kfac_out", undamped.
+        """Spectra per layer, lazily: "<layer>.eigenvalues" (group, out, in), "<layer>.kfac_in", "<layer>.kfac_out", undamped.
 
         Where methods use several fits (two Fishers, say), names begin with the fit's key in the manifest: "<key>/<layer>.eigenvalues".
 
@@ -208,7 +208,7 @@ class Run:
         # Plain strings: pandas and xarray select by them, whatever NumPy's string type of the day is.
         data = data.assign_coords(method=[str(label) for label in data["method"].to_numpy()])
         labels = [name for name in ("query_label", "train_label") if name in data]
-        described = {"damping": self.manifest.get("damping", {}), "measurement": self.manifest.get("measurement", {})}
+        described = {key: self.manifest[key] for key in ("units", "damping", "measurement") if key in self.manifest}
         for name in ("influence", "self_influence"):
             if name in data:
                 data[name].attrs.update(described)

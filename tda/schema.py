@@ -70,32 +70,17 @@ _RESULTS = (
     ArraySpec("train_loss", ("train",), _SINGLE, "loss of a training example at the checkpoint", "nats", fill=_NAN),
 )
 
-# One group per layer. A (in x in) and S (out x out) are its Kronecker factors; basis_in and basis_out hold their eigenvectors.
+# One group per layer; a convolution with groups has several matrices, every other layer has one.
+# A (in x in) and S (out x out) are its Kronecker factors; basis_in and basis_out hold their eigenvectors.
 _FACTORS = (
-    ArraySpec("eigenvalues", ("out", "in"), _FLOAT, "Lambda: mean squared example gradient in the basis", _SQUARED_GRADIENT, fill=_NAN),
-    ArraySpec("kfac_in", ("in",), _FLOAT, "eigenvalues of A = E[a a^T], at least 0", fill=_NAN),
-    ArraySpec("kfac_out", ("out",), _FLOAT, "eigenvalues of S = E[s s^T], at least 0", _SQUARED_GRADIENT, fill=_NAN),
-    ArraySpec("basis_in", ("in", "in_basis"), _FLOAT, "eigenvectors of A, one per column", fill=_NAN),
-    ArraySpec("basis_out", ("out", "out_basis"), _FLOAT, "eigenvectors of S, one per column", fill=_NAN),
+    ArraySpec("eigenvalues", ("group", "out", "in"), _FLOAT, "Lambda: mean squared example gradient in the basis", _SQUARED_GRADIENT, fill=_NAN),
+    ArraySpec("kfac_in", ("group", "in"), _FLOAT, "eigenvalues of A = E[a a^T], at least 0", fill=_NAN),
+    ArraySpec("kfac_out", ("group", "out"), _FLOAT, "eigenvalues of S = E[s s^T], at least 0", _SQUARED_GRADIENT, fill=_NAN),
+    ArraySpec("basis_in", ("group", "in", "in_basis"), _FLOAT, "eigenvectors of A, one per column", fill=_NAN),
+    ArraySpec("basis_out", ("group", "out", "out_basis"), _FLOAT, "eigenvectors of S, one per column", fill=_NAN),
 )
 
-# Per shard and layer, before they are reduced over shards.
-_SUMS = (
-    ArraySpec("covariance_in", ("shard", "in", "in_basis"), _FLOAT, "sum of a a^T over a shard's examples", fill=_NAN),
-    ArraySpec(
-        "covariance_out", ("shard", "out", "out_basis"), _FLOAT, "sum of s s^T over a shard's examples", _SQUARED_GRADIENT, fill=_NAN
-    ),
-    ArraySpec("eigenvalue_sums", ("shard", "out", "in"), _FLOAT, "sum of squared rotated gradients", _SQUARED_GRADIENT, fill=_NAN),
-)
-
-# A layer's directions v_q are stored dense, or as v_q = sum_r left[q, r] right[q, r]^T.
-_DIRECTIONS = (
-    ArraySpec("dense", ("query", "out", "in"), _FLOAT, "direction v_q of a layer", fill=_NAN),
-    ArraySpec("left", ("query", "rank", "out"), _FLOAT, "output side of v_q = sum_r left[q, r] right[q, r]^T", fill=_NAN),
-    ArraySpec("right", ("query", "rank", "in"), _FLOAT, "input side of v_q = sum_r left[q, r] right[q, r]^T", fill=_NAN),
-)
-
-SPECS: Mapping[str, ArraySpec] = {spec.name: spec for spec in (*_RESULTS, *_FACTORS, *_SUMS, *_DIRECTIONS)}
+SPECS: Mapping[str, ArraySpec] = {spec.name: spec for spec in (*_RESULTS, *_FACTORS)}
 
 
 def create_array(

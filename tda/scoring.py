@@ -137,6 +137,25 @@ def _slice(pair: Pair, start: int, stop: int) -> Pair:
     return Pair(pair.left[:, start:stop], right, pair.gradient, None if pair.mask is None else pair.mask[start:stop])
 
 
+def score_error(
+    attributed: Attributed, dataset: Any, ids: Sequence[int], short: Sequence[Direction], exact: Sequence[Direction], *, batch_size: int
+) -> float:
+    """Relative Frobenius error of the scores of `short` directions against those of `exact` ones, on training examples `ids`."""
+    wrong, whole = 0.0, 0.0
+    with fast_float32():
+        for part in batches(ids, batch_size):
+            batch = attributed.load(dataset, part)
+            tape = attributed.tape(batch)
+            off, right = torch.zeros(()), torch.zeros(())
+            pairs = tape.pairs(tape.seed(attributed.problem.likelihood.loss))
+            for block, found, a, b in zip(attributed.blocks, pairs, short, exact, strict=True):
+                if found:
+                    mine, true = (_block_scores(block, [direction], found, "full")[0].double() for direction in (a, b))
+                    off, right = off + (mine - true), right + true
+            wrong, whole = wrong + float(off.square().sum()), whole + float(right.square().sum())
+    return (wrong / whole) ** 0.5 if whole else 0.0
+
+
 def gradient_squares(block: Block, pairs: Sequence[Pair]) -> Tensor:
     """||D_b||^2 of a batch, (batch,): in Gram form where that is cheaper (see `tda.costs`)."""
     positions = sum(pair.positions for pair in pairs)

@@ -28,8 +28,9 @@ class EKFAC(KFAC):
     def direction(self, block: Block, factor: Factor | None, gradient: Direction, products: Products) -> Direction:
         """V_q = -(F_ekfac + lambda I)^-1 g_q, factored where `separable` allows it and it is cheaper."""
         assert factor is not None
-        if self.separable > 0:
-            short = separable_direction(block, factor, gradient, self.damping, self.separable)
-            if short is not None:
-                return short
-        return super().direction(block, factor, gradient, products)
+        short = separable_direction(block, factor, gradient, self.damping, self.separable) if self.separable > 0 else None
+        return short if short is not None else super().direction(block, factor, gradient, products)
+
+    def exact(self) -> EKFAC:
+        """The same method without the separable form."""
+        return self.model_copy(update={"separable": 0.0})

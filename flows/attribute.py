@@ -1,0 +1,143 @@
+"""The whole run: check, train where needed, fit, make directions, score, verify, publish."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from infra import storage
+from infra.cluster import ClusterSpec, ShardFailed, open_cluster
+from infra.settings import quiet_prefect
+from tasks import layout, prepare, publish, scores
+from tasks.subject import Subject
+from tda import location
+from tda.errors import InputError
+
+if TYPE_CHECKING:
+    from flows.config import RunConfig
+
+quiet_prefect()
+from prefect import flow  # noqa: E402  (its settings are read at import)
+
+from flows import stages  # noqa: E402
+from flows.progress import Progress  # noqa: E402
+
+
+class RunFailed(RuntimeError):  # noqa: N818  (the name users read)
+    """A run failed half way; the message says which stage and shard, what is kept, and the command that resumes it."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Where a finished run is, and what it took from earlier ones."""
+
+    run_id: str
+    run_url: str
+    report_url: str
+    store: str
+    reused: list[str]
+
+
+def attribute_run(config: RunConfig, config_path: str = "") -> RunSummary:
+    """Run one configuration, or finish what an earlier try left.
+
+    Raises:
+        InputError, StoreError, ClusterError: the user's input, store or cluster is not usable; nothing was written.
+        RunFailed: a stage failed; what was finished is kept.
+    """
+    request = request_of(config)
+    _examined(request)
+    storage.check_store(request.store)
+    try:
+        return attribute(config.model_dump(mode="json"), config_path)
+    except ShardFailed as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from error
+        command = f"tda run {shlex.quote(config_path)}" if config_path else "the same run"
+        kept = "every finished shard is kept"
+        raise RunFailed(f"{error}; {kept} in {request.store}; `{command}` resumes it") from error
+
+
+def request_of(config: RunConfig) -> prepare.Request:
+    """A configuration in the strings and numbers that tasks take."""
+    subject = Subject(
+        config.problem,
+        json.dumps(config.problem_options, sort_keys=True),
+        location.resolve(config.checkpoint) if config.checkpoint else "",
+        tuple(config.modules),
+        tuple(config.exclude),
+        config.dtype,
+    )
+    methods = tuple(json.dumps(table, sort_keys=True) for table in config.methods)
+    return prepare.Request(
+        subject, location.resolve(config.store), config.seed, config.products, methods, config.batch_size, config.shard_size,
+        config.query_block, config.self_influence,
+    )  # fmt: skip
+
+
+# The command line examines before Prefect starts, and the flow examines again: once is enough in one process.
+_examined = functools.lru_cache(maxsize=1)(prepare.examine)
+
+
+@flow(name="attribute", validate_parameters=False)
+def attribute(config: dict[str, Any], config_path: str = "") -> RunSummary:
+    """Fit, score, publish. config: a RunConfig as JSON, so that a schedule can hold it."""
+    from flows.config import RunConfig
+
+    started = time.perf_counter()
+    parsed = RunConfig.model_validate(config)
+    request = request_of(parsed)
+    inputs = _examined(request)
+    spec = ClusterSpec(**parsed.cluster.model_dump())
+    progress = Progress()
+    with progress.shown(), open_cluster(spec) as client, stages.session(client, progress) as session:
+        reused = {}
+        if not request.subject.checkpoint:
+            reused["checkpoint"] = stages.train(request, inputs)
+        plan = prepare.plan(request, inputs)
+        run_id, manifest, resumed = _claim(plan, config)
+        run_url = layout.run(request.store, run_id)
+        job = replace(plan.scores, results=location.join(run_url, "results.zarr"), receipts=location.join(run_url, "receipts"))
+        plan = replace(plan, scores=job)
+        if resumed:
+            progress.say(f"resuming run {run_id}")
+        for key, fit in plan.fits.items():
+            reused[f"factors ({key})"] = stages.fit(fit)
+        reused["directions"] = stages.directions(job)
+        if any(reused.values()):
+            progress.say(f"reused: {', '.join(name for name, was in reused.items() if was)}")
+        labels = {"train": inputs.train_labels, "query": inputs.query_labels}
+        scores.create_results(job, labels, prepare.results_attrs(plan, run_id))
+        receipts = stages.score(job)
+        found = {
+            "reused": reused,
+            "damping": publish.used_damping(plan),
+            "layer_share": publish.layer_share(plan, receipts),
+            "separable_errors": location.read_json(location.join(job.directions, "complete.json"))["separable_errors"],
+        }
+        session.timings["total"] = {"wall": time.perf_counter() - started, "compute": sum(t["compute"] for t in session.timings.values())}
+        stages.finish(plan, run_url, manifest | found)
+    names = [name for name, was in reused.items() if was]
+    return RunSummary(run_id, run_url, location.join(run_url, "report.html"), request.store, names)
+
+
+def _claim(plan: prepare.Plan, config: dict[str, Any]) -> tuple[str, dict[str, Any], bool]:
+    """The unfinished run with this fingerprint, or a new one: (id, manifest, whether it is resumed)."""
+    store = plan.request.store
+    runs = location.join(store, "runs")
+    names = location.list_names(runs)
+    for name, found in zip(names, location.read_json_many([location.join(runs, n, "run.json") for n in names]), strict=True):
+        if found and not found.get("complete") and found.get("fingerprints", {}).get("run") == plan.fingerprint:
+            return name, publish.first_manifest(plan, name, found["created"], config), True
+    created = datetime.now(UTC)
+    run_id = f"{created:%Y%m%d-%H%M%S}-{plan.fingerprint[:6]}"
+    while run_id in names:
+        run_id += "b"
+    manifest = publish.first_manifest(plan, run_id, created.isoformat(timespec="seconds"), config)
+    storage.write_json(location.join(runs, run_id, "run.json"), manifest)
+    return run_id, manifest, False

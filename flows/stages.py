@@ -1,0 +1,113 @@
+"""The stages of a run as Prefect tasks: coarse, minutes each at scale; inside a stage, shards are Dask futures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from distributed import Client
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from flows.progress import Progress
+from infra import storage
+from infra.cluster import run_shards
+from tasks import factors, layout, prepare, publish, scores, training
+from tda import location
+
+
+@dataclass
+class Session:
+    """What the stages of one flow share in its process: the cluster, the bars, and the seconds spent."""
+
+    client: Client
+    progress: Progress
+    timings: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def shards(self, function: Callable[[Any], dict[str, Any]], jobs: Sequence[Any], stage: str) -> list[dict[str, Any]]:
+        """Run one function over shards on the cluster under one bar; the receipts, in order."""
+        started = time.perf_counter()
+        with self.progress.stage(stage, len(jobs)) as advance:
+            receipts = run_shards(self.client, function, jobs, stage=stage, on_done=lambda _: advance())
+        timing = self.timings.setdefault(stage, {"wall": 0.0, "compute": 0.0})
+        timing["wall"] += time.perf_counter() - started
+        timing["compute"] += sum(receipt["seconds"] for receipt in receipts)
+        return receipts
+
+
+# Stages find their session here: a cluster client is nothing that Prefect should look into or store.
+_SESSION: ContextVar[Session] = ContextVar("session")
+
+
+@contextmanager
+def session(client: Client, progress: Progress) -> Iterator[Session]:
+    """The session of the flow that runs in this context."""
+    token = _SESSION.set(Session(client, progress))
+    try:
+        yield _SESSION.get()
+    finally:
+        _SESSION.reset(token)
+
+
+_stage = task(cache_policy=NO_CACHE, persist_result=False)
+
+
+@_stage
+def train(request: prepare.Request, inputs: prepare.Inputs) -> bool:
+    """Train the checkpoint; True where an earlier run had."""
+    url = prepare.checkpoint_artifact(request, inputs)
+    if layout.is_complete(url):
+        return True
+    _SESSION.get().shards(training.train, [(request.subject, request.seed, url)], "train")
+    return False
+
+
+@_stage
+def fit(job: factors.FactorJob) -> bool:
+    """Fit one set of factors; True where an earlier run had."""
+    if layout.is_complete(job.url):
+        return True
+    run, kind = _SESSION.get().shards, job.fisher
+    factors.create_factors(job)
+    for sums, label in (("covariance", "covariances"), ("eigenvalues", "eigenvalues")):
+        run(factors.sum_shard, [factors.Node(job, sums, 0, shard) for shard in range(job.shards)], f"{label} ({kind})")  # type: ignore[arg-type]
+        for level in factors.levels(job, sums):  # type: ignore[arg-type]
+            run(factors.reduce_node, level, f"sum {label} ({kind})")
+        if sums == "covariance":
+            count = len(factors.open_subject(job.subject).attributed.blocks)
+            run(factors.decompose_layer, [(job, layer) for layer in range(count)], f"eigendecompositions ({kind})")
+    run(factors.finish_factors, [job], f"finish factors ({kind})")
+    return False
+
+
+@_stage
+def directions(job: scores.ScoreJob) -> bool:
+    """Make the queries' directions; True where an earlier run had."""
+    if layout.is_complete(job.directions):
+        return True
+    receipts = _SESSION.get().shards(scores.make_directions, [(job, block) for block in range(job.shape[1])], "directions")
+    errors = scores.separable_errors(receipts)
+    storage.write_json(location.join(job.directions, "complete.json"), {"queries": job.queries, "separable_errors": errors})
+    return False
+
+
+@_stage
+def score(job: scores.ScoreJob) -> list[dict[str, Any]]:
+    """Score every train chunk against every query block; the receipts."""
+    shards, blocks = job.shape
+    return _SESSION.get().shards(scores.score_shard, [(job, s, q) for q in range(blocks) for s in range(shards)], "scores")
+
+
+@_stage
+def finish(plan: prepare.Plan, run_url: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Verify every chunk, write the report, and turn the run complete."""
+    here = _SESSION.get()
+    here.shards(scores.verify_shard, [(plan.scores, shard) for shard in range(plan.scores.shape[0])], "verify")
+    with here.progress.stage("report", 1) as advance:
+        finished = publish.publish(plan, run_url, manifest | {"timings": here.timings})
+        advance()
+    return finished

@@ -1,0 +1,218 @@
+"""Fitting factors: partial sums per shard of training examples, a fixed reduction tree, one eigendecomposition per layer.
+
+    partial/covariance/<level>/<node>.safetensors    level 0: one per shard; each level above sums FANOUT nodes
+    partial/eigenvalues/<level>/<node>.safetensors   likewise, in the eigenbasis
+    factors.zarr/layers/<layer>/...                  bases and spectra
+    complete.json                                    last
+
+Every object is written whole; a task whose object is there already does nothing, so a fit that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from infra import storage
+from tasks import layout
+from tasks.subject import Opened, Subject, open_subject
+from tasks.tensors import read_tensors, write_tensors
+from tda import location, schema
+from tda.blocks import Block
+from tda.curvature.covariances import Covariance, covariance_sums
+from tda.curvature.eigen import Factor, decompose, eigenvalue_sums
+from tda.curvature.fisher import Fisher
+from tda.products import Products
+
+#: Nodes that one reduction task sums; sums are in float64 and in the order of the shards.
+FANOUT = 8
+
+Sums = Literal["covariance", "eigenvalues"]
+
+
+@dataclass(frozen=True)
+class FactorJob:
+    """One fit: where it is stored, of what, with which labels, and how it is cut up."""
+
+    url: str
+    subject: Subject
+    fisher: Fisher
+    seed: int
+    examples: int
+    shard_size: int
+    batch_size: int
+    products: Products
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.examples // self.shard_size)
+
+    def ids(self, shard: int) -> range:
+        """Example ids of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.examples))
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of a reduction tree."""
+
+    job: FactorJob
+    sums: Sums
+    level: int
+    index: int
+
+    @property
+    def url(self) -> str:
+        """Where its sums are."""
+        return location.join(self.job.url, "partial", self.sums, str(self.level), f"{self.index:06d}.safetensors")
+
+
+def levels(job: FactorJob, sums: Sums) -> list[list[Node]]:
+    """The reduction tree's nodes above the shards, level by level; empty for a single shard."""
+    found, count, level = [], job.shards, 0
+    while count > 1:
+        count, level = -(-count // FANOUT), level + 1
+        found.append([Node(job, sums, level, index) for index in range(count)])
+    return found
+
+
+def root(job: FactorJob, sums: Sums) -> Node:
+    """The node that holds the sums over all examples."""
+    above = levels(job, sums)
+    return above[-1][0] if above else Node(job, sums, 0, 0)
+
+
+def sum_shard(node: Node) -> dict[str, Any]:
+    """Compute the sums of one shard and write them."""
+    started = time.perf_counter()
+    if not location.exists(node.url):
+        job, opened = node.job, open_subject(node.job.subject)
+        options: dict[str, Any] = {"fisher": job.fisher, "seed": job.seed, "batch_size": job.batch_size, "products": job.products}
+        if node.sums == "covariance":
+            covariances = covariance_sums(opened.attributed, opened.train, job.ids(node.index), **options)
+            tensors = {f"{b}/{side}": getattr(c, side) for b, c in enumerate(covariances) for side in ("out", "in_", "positions")}
+        else:
+            factors = load_factors(job.url, opened.attributed.blocks, eigenvalues=False)
+            found = eigenvalue_sums(opened.attributed, factors, opened.train, job.ids(node.index), **options)
+            tensors = {f"{b}/eigenvalues": t for b, t in enumerate(found)}
+        write_tensors(node.url, tensors)
+    return {"seconds": time.perf_counter() - started}
+
+
+def reduce_node(node: Node) -> dict[str, Any]:
+    """Sum a node's children in order, in float64, and write the sum."""
+    started = time.perf_counter()
+    if not location.exists(node.url):
+        below = node.job.shards if node.level == 1 else len(levels(node.job, node.sums)[node.level - 2])
+        total: dict[str, Tensor] = {}
+        for child in range(node.index * FANOUT, min((node.index + 1) * FANOUT, below)):
+            for name, tensor in read_tensors(Node(node.job, node.sums, node.level - 1, child).url).items():
+                total[name] = tensor.double() if name not in total else total[name].add_(tensor)
+        write_tensors(node.url, total)
+    return {"seconds": time.perf_counter() - started}
+
+
+def create_factors(job: FactorJob) -> None:
+    """Create the arrays of a fit; called once, before any task writes to them."""
+    opened = open_subject(job.subject)
+    url = location.join(job.url, "factors.zarr")
+    if location.exists(location.join(url, "zarr.json")):
+        return
+    group = location.open_group(url, "a")
+    group.attrs.update({"schema_version": schema.SCHEMA_VERSION, "fisher": job.fisher, "examples": job.examples})
+    dtype = str(opened.attributed.dtype).removeprefix("torch.")
+    for b, block in enumerate(opened.attributed.blocks):
+        for name, shape in _shapes(block).items():
+            path, attrs = f"layers/{b}/{name}", {"layer": block.name, "structure": block.structure}
+            if path not in group:
+                schema.create_array(group, path, shape, [1, *(min(n, 4096) for n in shape[1:])], attrs, dtype)
+    location.seal(url)
+
+
+def _shapes(block: Block) -> dict[str, tuple[int, ...]]:
+    g, o, i = block.groups, block.out, block.in_
+    shapes: dict[str, tuple[int, ...]] = {"eigenvalues": (g, o, i), "kfac_out": (g, o), "kfac_in": (g, i)}
+    if block.rotates_out:
+        shapes["basis_out"] = (g, o, o)
+    if block.rotates_in:
+        shapes["basis_in"] = (g, i, i)
+    return shapes
+
+
+def decompose_layer(task: tuple[FactorJob, int]) -> dict[str, Any]:
+    """Eigendecompose one layer's covariances and write its bases and K-FAC spectra."""
+    job, layer = task
+    started = time.perf_counter()
+    receipt = location.join(job.url, "partial", "bases", f"{layer:06d}.json")
+    if not location.exists(receipt):
+        attributed = open_subject(job.subject).attributed
+        sums = read_tensors(root(job, "covariance").url, lambda name: name.startswith(f"{layer}/"))
+        covariance = Covariance(*(sums[f"{layer}/{side}"] for side in ("out", "in_", "positions")))
+        factor = decompose(attributed.blocks[layer], covariance, job.examples, attributed.dtype)
+        group = _layer(location.open_group(location.join(job.url, "factors.zarr"), "r+"), layer)
+        for name in ("basis_out", "basis_in", "kfac_out", "kfac_in"):
+            value = getattr(factor, name)
+            if value is not None:
+                _write(group, name, value)
+        storage.write_json(receipt, {"layer": attributed.blocks[layer].name})
+    return {"seconds": time.perf_counter() - started}
+
+
+def finish_factors(job: FactorJob) -> dict[str, Any]:
+    """Write Lambda, verify every array, write the completion marker, and drop the partial sums."""
+    started = time.perf_counter()
+    blocks = open_subject(job.subject).attributed.blocks
+    sums = root(job, "eigenvalues")
+    group = location.open_group(location.join(job.url, "factors.zarr"), "r+")
+    for b, block in enumerate(blocks):
+        total = read_tensors(sums.url, lambda name, b=b: name.startswith(f"{b}/"))[f"{b}/eigenvalues"]  # type: ignore[misc]
+        _write(_layer(group, b), "eigenvalues", total.double() / job.examples)
+        for name in _shapes(block):
+            if not np.isfinite(np.asarray(_layer(group, b)[name][...])).all():
+                raise ArithmeticError(f"factors of layer {block.name}: {name} is not finite; the model's gradients overflow at this checkpoint")
+    marker = {"fisher": job.fisher, "examples": job.examples, "layers": [block.name for block in blocks]}
+    storage.write_json(location.join(job.url, "complete.json"), marker)
+    storage.delete_tree(location.join(job.url, "partial"))
+    return {"seconds": time.perf_counter() - started}
+
+
+def _layer(group: zarr.Group, layer: int) -> Any:
+    return group[f"layers/{layer}"]
+
+
+def _write(group: Any, name: str, value: Tensor) -> None:
+    array = group[name]
+    array[...] = value.to(getattr(torch, str(array.dtype))).numpy()
+
+
+def load_factors(url: str, blocks: Sequence[Block], *, eigenvalues: bool = True) -> list[Factor]:
+    """The factors of a fit, one per block; without `eigenvalues` while the fit is still under way."""
+    group = location.open_group(location.join(url, "factors.zarr"), "r")
+
+    def read(b: int, name: str) -> Tensor:
+        return torch.from_numpy(np.asarray(group[f"layers/{b}/{name}"][...]))  # type: ignore[index]
+
+    found = []
+    for b, block in enumerate(blocks):
+        bases = [read(b, name) if name in _shapes(block) else None for name in ("basis_out", "basis_in")]
+        factor = Factor(bases[0], bases[1], read(b, "kfac_out"), read(b, "kfac_in"))
+        found.append(replace(factor, eigenvalues=read(b, "eigenvalues")) if eigenvalues else factor)
+    return found
+
+
+@lru_cache(maxsize=4)
+def fitted(url: str, subject: Subject) -> tuple[Factor, ...]:
+    """The factors of a completed fit, kept for the next shard of the same worker."""
+    return tuple(load_factors(url, open_subject(subject).attributed.blocks))
+
+
+__all__ = ["FactorJob", "Node", "Opened", "create_factors", "decompose_layer", "finish_factors", "fitted", "levels", "reduce_node", "sum_shard"]

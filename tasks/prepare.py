@@ -1,0 +1,186 @@
+"""Before anything is computed or written: everything a user can get wrong is looked at, and what the run will be is decided."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks import layout
+from tasks.factors import FactorJob
+from tasks.scores import ScoreJob
+from tasks.subject import Opened, Subject, open_subject, read_checkpoint
+from tda import checkpoint, location, sizes
+from tda.data import batches, digest, length
+from tda.directions import check_finite
+from tda.errors import InputError
+from tda.fingerprint import fingerprint
+from tda.methods import parse_all
+from tda.problem import can_fit, measurement_of, problem_digest
+from tda.products import Products
+from tda.schema import SIGN
+
+#: So many examples of each split are evaluated before a run starts; the others' losses are checked when they are scored.
+PROBED = 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, in strings and numbers. methods and options are JSON; sizes may be None."""
+
+    subject: Subject
+    store: str
+    seed: int
+    products: Products
+    methods: tuple[str, ...]
+    batch_size: int | None
+    shard_size: int | None
+    query_block: int | None
+    self_influence: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the data and the code are: digests, counts and integer labels by split."""
+
+    problem: str
+    train: str
+    query: str
+    examples: int
+    queries: int
+    train_labels: np.ndarray | None
+    query_labels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: the subject at its checkpoint, the fits (by key), the scores, and the fingerprint of the whole."""
+
+    request: Request
+    subject: Subject
+    inputs: Inputs
+    checkpoint: str
+    fits: dict[str, FactorJob]
+    scores: ScoreJob
+    fingerprint: str
+
+
+def examine(request: Request) -> Inputs:
+    """Load and check everything; nothing is written. Raises InputError in one line."""
+    methods = parse_all([json.loads(text) for text in request.methods])
+    subject = request.subject
+    if subject.dtype == "float64" and request.products == "bfloat16":
+        raise InputError('products = "bfloat16" makes no sense with dtype = "float64"; leave one of them out')
+    opened = open_subject(subject)
+    problem = opened.attributed.problem
+    if not subject.checkpoint and not can_fit(problem):
+        raise InputError(f"problem {subject.problem!r} has no fit method and the config no checkpoint; give one of them")
+    found = {split: digest(problem, opened.data(split), split) for split in ("train", "query")}
+    for split in ("train", "query"):
+        _probe(opened, split)
+    if any(method.fisher_kind == "exact" for method in methods):
+        batch = opened.attributed.load(opened.train, [0])
+        next(problem.likelihood.hessian_columns(opened.attributed.tape(batch).outputs.detach(), batch.targets))
+    return Inputs(
+        problem_digest(subject.problem, json.loads(subject.options)),
+        found["train"][0],
+        found["query"][0],
+        length(opened.train, "train"),
+        length(opened.query, "query"),
+        found["train"][1],
+        found["query"][1],
+    )
+
+
+def _probe(opened: Opened, split: str) -> None:
+    """Evaluate the first examples of a split: targets in range, finite losses and measurements."""
+    attributed, data = opened.attributed, opened.data(split)
+    problem = attributed.problem
+    function = problem.likelihood.loss if split == "train" else problem.measurement
+    with torch.no_grad():
+        for ids in batches(range(min(len(data), PROBED)), 64):
+            batch = attributed.load(data, ids)
+            outputs = problem.predict(attributed.model, batch)
+            try:
+                problem.likelihood.check(outputs, batch.targets)
+            except InputError as error:
+                raise InputError(f"{split} examples {ids[0]}..{ids[-1]}: {error}") from error
+            check_finite(function(outputs, batch.targets), ids, f"{'loss' if split == 'train' else 'measurement'} of {split} example")
+
+
+def checkpoint_artifact(request: Request, inputs: Inputs) -> str:
+    """The folder of the checkpoint that the flow trains: problem, data, seed and precision determine it."""
+    parts = {"problem": inputs.problem, "train": inputs.train, "seed": request.seed, "dtype": request.subject.dtype}
+    return layout.artifact(request.store, "checkpoint", fingerprint("checkpoint", **parts))
+
+
+def plan(request: Request, inputs: Inputs) -> Plan:
+    """Decide a run. Where the request names no checkpoint, the trained artifact's is used; it must be there."""
+    subject = request.subject
+    if not subject.checkpoint:
+        subject = replace(subject, checkpoint=location.join(checkpoint_artifact(request, inputs), "weights.safetensors"))
+    weights = checkpoint.digest(read_checkpoint(subject.checkpoint))
+    opened = open_subject(subject)
+    blocks = opened.attributed.blocks
+    itemsize = torch.tensor([], dtype=opened.attributed.dtype).element_size()
+    batch = request.batch_size or sizes.batch_size(blocks, itemsize=itemsize)
+    shard = request.shard_size or sizes.shard_size(inputs.examples)
+    # What every number of the run depends on.
+    common = {
+        "weights": weights, "problem": inputs.problem, "train": inputs.train, "parameters": [n for b in blocks for n in b.parameters],
+        "dtype": str(opened.attributed.dtype), "products": request.products, "batch": batch, "shard": shard,
+    }  # fmt: skip
+    methods = parse_all([json.loads(text) for text in request.methods])
+    fits, urls = {}, []
+    for method in methods:
+        if method.fisher_kind is None:
+            urls.append("")
+            continue
+        seed = request.seed if method.fisher_kind == "sampled" else 0
+        key = fingerprint("factors", fisher=method.fisher_kind, seed=seed, **common)
+        url = layout.artifact(request.store, "factors", key)
+        fits[method.fisher_kind] = FactorJob(url, subject, method.fisher_kind, seed, inputs.examples, shard, batch, request.products)
+        urls.append(url)
+    queries = request.query_block or sizes.query_block(blocks, inputs.queries, len(methods), itemsize=itemsize)
+    asked = {"query": inputs.query, "methods": [json.loads(text) for text in request.methods], "fits": urls, "block": queries}
+    asked["fits"] = [url.rpartition("/")[2] for url in urls]
+    directions = fingerprint("directions", **common, **asked)
+    whole = fingerprint("run", directions=directions, self_influence=request.self_influence, seed=request.seed)
+    scores = ScoreJob(
+        subject, tuple(zip(request.methods, urls, strict=True)), layout.artifact(request.store, "directions", directions),
+        "", "", inputs.examples, inputs.queries, shard, queries, batch, request.products, request.self_influence,
+    )  # fmt: skip
+    return Plan(request, subject, inputs, weights, fits, scores, whole)
+
+
+def results_attrs(plan: Plan, run_id: str) -> dict[str, Any]:
+    """Attributes of results.zarr: sign, units, damping and the measurement stand beside the numbers."""
+    methods = plan.scores.parsed()
+    problem = open_subject(plan.subject).attributed.problem
+    return {
+        "run_id": run_id,
+        "methods": [method.title for method in methods],
+        "sign": SIGN,
+        "units": {method.title: method.unit for method in methods},
+        "measurement": measurement_of(problem),
+        "damping": {method.title: getattr(method, "damping", None) for method in methods},
+    }
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """The plan's fingerprints, for the manifest."""
+    return {
+        "checkpoint": plan.checkpoint,
+        "train_data": plan.inputs.train,
+        "query_data": plan.inputs.query,
+        "problem": plan.inputs.problem,
+        "factors": {key: job.url.rpartition("/")[2] for key, job in plan.fits.items()},
+        "directions": plan.scores.directions.rpartition("/")[2],
+        "run": plan.fingerprint,
+    }
+
+
+__all__ = ["Inputs", "Plan", "Request", "checkpoint_artifact", "described", "examine", "plan", "results_attrs"]

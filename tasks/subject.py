@@ -1,0 +1,66 @@
+"""What a task computes on: a problem at a checkpoint, named by strings, opened once per worker process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from tda import checkpoint, location
+from tda.data import length
+from tda.errors import InputError
+from tda.modules import Attributed, inspect
+from tda.problem import load_problem
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A problem (`options` is JSON), the URL of its checkpoint ("" for the weights that the problem's model starts with), and which modules."""
+
+    problem: str
+    options: str
+    checkpoint: str
+    modules: tuple[str, ...]
+    exclude: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A subject in memory."""
+
+    attributed: Attributed
+    train: Any
+    query: Any
+
+    def data(self, split: str) -> Any:
+        """The dataset of a split."""
+        return self.train if split == "train" else self.query
+
+
+@lru_cache(maxsize=2)
+def open_subject(subject: Subject) -> Opened:
+    """Load the problem, its model and its weights, and cut the model into blocks; kept for the next shard of the same worker."""
+    problem = load_problem(subject.problem, json.loads(subject.options))
+    model = problem.model()
+    if subject.checkpoint:
+        checkpoint.fill(model, read_checkpoint(subject.checkpoint), subject.checkpoint)
+    if subject.dtype != "auto":
+        model = model.to(DTYPES[subject.dtype])
+    train, query = problem.train_data(), problem.query_data()
+    length(train, "train")
+    length(query, "query")
+    return Opened(inspect(problem, model, train, modules=subject.modules, exclude=subject.exclude), train, query)
+
+
+def read_checkpoint(url: str) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors; InputError where there is no such file or it is not usable."""
+    try:
+        return checkpoint.parse(location.read_bytes(url), url)
+    except FileNotFoundError as error:
+        raise InputError(f"checkpoint {url} does not exist; correct the path, or leave it out to train one") from error
