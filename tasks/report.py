@@ -11,14 +11,14 @@ import hashlib
 import json
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from tasks.report_charts import histogram
-from tasks.report_content import Content, Describes, described
+from tasks.report_content import Describes, Split, described
 from tasks.report_text import date, number, percent, seconds
 from tda.results import NotStored, ranking
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tda.results import Kind, Run
 
-    _Show = Callable[[Literal["train", "query"], int], Content]
+    _Examples = Callable[[int], dict[str, Any]]
     _Array = np.ndarray[Any, Any]
 
 OUTLIERS = 12
@@ -43,17 +43,17 @@ def write_report(run: Run, problem: Describes, *, queries: int = 6, k: int = 5) 
         queries: how many are shown: those whose measurement is worst.
         k: how many helpful, and how many harmful examples are shown for each.
     """
-    # An example may stand beside several queries and methods: each is described once.
-    show = cache(partial(described, problem))
+    asked, train = _examples(run, problem, "query"), _examples(run, problem, "train")
     page = {
         "run": run,
         "manifest": run.manifest,
         "created": date(run.manifest.get("created", "")),
         "measurement": run.manifest.get("measurement", {}).get("name", "measurement"),
-        "queries": [_query(run, show, place, k) for place in _worst_queries(run, queries)],
-        "methods": [_method(run, show, place) for place in range(len(run.methods))],
+        "queries": [_query(run, asked(place), train, place, k) for place in _worst_queries(run, queries)],
+        "methods": [_method(run, train, place) for place in range(len(run.methods))],
         "timings": _timings(run.manifest.get("timings", {})),
         "coverage": run.manifest.get("coverage", {}),
+        "fingerprints": _shortened(run.manifest.get("fingerprints", {})),
         "sampled_queries": len(_sampled_queries(run)),
     }
     environment = _environment()
@@ -64,57 +64,70 @@ def write_report(run: Run, problem: Describes, *, queries: int = 6, k: int = 5) 
     return html.encode()
 
 
+def _examples(run: Run, problem: Describes, split: Split) -> _Examples:
+    """A function from a position in a split to what the page says about that example; each is described once, however often it stands.
+
+    Ids, labels and values (measurement or loss) are read here, whole: they are short, and one by one each would be a request.
+    """
+    ids = run.influence[split].to_numpy()
+    labels = _stored(run, f"{split}_label")
+    values = _stored(run, "query_measurement" if split == "query" else "train_loss")
+
+    @cache
+    def example(place: int) -> dict[str, Any]:
+        return {
+            "id": int(ids[place]),
+            "label": None if labels is None else int(labels[place]),
+            "value": None if values is None else float(values[place]),
+            "content": described(problem, split, int(ids[place])),
+        }
+
+    return example
+
+
+def _stored(run: Run, name: str) -> _Array | None:
+    """An array of one number per example, or None where the run has none."""
+    try:
+        found = run.influence.coords[name] if name.endswith("_label") else getattr(run, name)
+    except (KeyError, NotStored):
+        return None
+    return np.asarray(found)
+
+
 def _worst_queries(run: Run, count: int) -> list[int]:
     """Positions of the queries whose measurement is worst, the worst first; the first ones where it is not stored."""
-    try:
-        values = run.query_measurement.to_numpy()
-    except NotStored:
+    values = _stored(run, "query_measurement")
+    if values is None:
         return list(range(min(count, run.influence.sizes["query"])))
-    return [int(place) for place in ranking(values, kind="harmful", better=run.better)[:count]]
+    return [int(place) for place in np.argsort(values if run.better == "higher" else -values, kind="stable")[:count]]
 
 
-def _query(run: Run, show: _Show, place: int, k: int) -> dict[str, Any]:
+def _query(run: Run, query: dict[str, Any], train: _Examples, place: int, k: int) -> dict[str, Any]:
     """One query with its most helpful and most harmful examples by every method; reads one row of the scores per method."""
-    rows = run.influence[:, place]
-    scores = rows.to_numpy()
-    query = int(rows["query"])
-    label = int(rows["query_label"]) if "query_label" in rows.coords else None
-    return {
-        "id": query,
-        "label": label,
-        "content": show("query", query),
-        "measurement": _value(run, "query_measurement", place),
-        "methods": [{kind: _ranked(run, show, row, label, kind, k) for kind in ("helpful", "harmful")} for row in scores],
-    }
+    rows = run.influence[:, place].to_numpy()
+    return query | {"methods": [{kind: _ranked(run, query, train, row, kind, k) for kind in ("helpful", "harmful")} for row in rows]}
 
 
-def _ranked(run: Run, show: _Show, scores: _Array, query_label: int | None, kind: Kind, k: int) -> list[dict[str, Any]]:
-    order = ranking(scores, kind=kind, better=run.better)[:k]
-    largest = float(np.nanmax(np.abs(scores), initial=0)) or 1.0
-    examples = [_example(run, show, int(place), float(scores[place])) for place in order]
-    for example in examples:
-        example["weight"] = 100 * abs(example["score"]) / largest
-        example["differs"] = query_label is not None and example["label"] not in (None, query_label)
-    return examples
+def _ranked(run: Run, query: dict[str, Any], train: _Examples, scores: _Array, kind: Kind, k: int) -> list[dict[str, Any]]:
+    largest = float(np.abs(np.nan_to_num(scores)).max(initial=0)) or 1.0
+    return [
+        train(place)
+        | {"score": scores[place], "weight": 100 * abs(scores[place]) / largest, "differs": train(place)["label"] != query["label"]}
+        for place in ranking(scores, kind=kind, better=run.better)[:k].tolist()
+    ]
 
 
-def _example(run: Run, show: _Show, place: int, score: float) -> dict[str, Any]:
-    example = int(run.influence["train"][place])
-    labels = run.influence.coords.get("train_label")
-    return {"id": example, "label": None if labels is None else int(labels[place]), "content": show("train", example), "score": score}
-
-
-def _method(run: Run, show: _Show, place: int) -> dict[str, Any]:
+def _method(run: Run, train: _Examples, place: int) -> dict[str, Any]:
     """What the page says about one method: distributions, outliers, and the layers with their damping."""
-    name = run.methods[place]
     own = _own_influence(run, place)
-    outliers = ranking(-np.abs(own), kind="helpful", better="lower")[:OUTLIERS]
+    outliers = ranking(-np.abs(own), kind="helpful", better="lower")[:OUTLIERS].tolist()
     return {
-        "name": name,
+        "name": run.methods[place],
         "scores": histogram(run.influence[place, _sampled_queries(run)].to_numpy()),
         "own": histogram(own),
-        "outliers": [_example(run, show, int(i), float(own[i])) | {"loss": _value(run, "train_loss", int(i))} for i in outliers],
-        "layers": _layers(run.manifest, name),
+        "outliers": [train(i) | {"score": own[i]} for i in outliers],
+        "layers": _layers(run.manifest, run.methods[place]),
+        "unit": _unit(run, place),
     }
 
 
@@ -132,42 +145,42 @@ def _sampled_queries(run: Run) -> list[int]:
     return [int(place) for place in np.linspace(0, queries - 1, count).round()]
 
 
-def _value(run: Run, name: Literal["query_measurement", "train_loss"], place: int) -> float | None:
-    """One stored number, or None where the run has no such array."""
-    try:
-        array = run.query_measurement if name == "query_measurement" else run.train_loss
-    except NotStored:
-        return None
-    return float(array.load()[place])
-
-
 def _layers(manifest: dict[str, Any], method: str) -> list[dict[str, Any]]:
     shares, damping = manifest.get("layer_share", {}).get(method, {}), manifest.get("damping", {}).get(method, {})
     layers = manifest.get("coverage", {}).get("layers", [])
     return [{**layer, "share": shares.get(layer["name"]), "damping": damping.get(layer["name"])} for layer in layers]
 
 
+def _unit(run: Run, place: int) -> str:
+    units = run.manifest.get("units", "")
+    return str(units.get(run.methods[place], "") if isinstance(units, dict) else units)
+
+
+def _shortened(fingerprints: dict[str, Any]) -> dict[str, Any]:
+    """Digests by their first characters; the manifest has the whole."""
+    return {name: _shortened(value) if isinstance(value, dict) else str(value)[:12] for name, value in fingerprints.items()}
+
+
 def _timings(timings: dict[str, Any]) -> dict[str, Any]:
-    """Stages with their bars as percent of the longest, and the sums in seconds."""
-    longest = max((float(t["wall"]) for t in timings.values()), default=0.0) or 1.0
-    stages = [
-        {
-            "name": name,
-            "wall": t["wall"],
-            "compute": t["compute"],
-            "wall_share": 100 * t["wall"] / longest,
-            "compute_share": 100 * min(t["compute"], t["wall"]) / longest,
-        }
-        for name, t in timings.items()
-    ]
-    return {"stages": stages, "wall": sum(s["wall"] for s in stages), "compute": sum(s["compute"] for s in stages)}
+    """Stages with their bars as percent of the longest, and "total": the run's own where it states one, else the sum."""
+    stages = {name: timing for name, timing in timings.items() if name != "total"}
+    total = timings.get("total") or {kind: sum(timing[kind] for timing in stages.values()) for kind in ("wall", "compute")}
+    longest = max((timing["wall"] for timing in stages.values()), default=0.0) or 1.0
+    rows = [{"name": name, **timing, "wall_share": 100 * timing["wall"] / longest} for name, timing in stages.items()]
+    return {"stages": rows, "total": total}
 
 
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "score": partial(number, padded=True), "seconds": seconds, "percent": percent, "pretty": _pretty}
+    environment.filters |= {
+        "number": number,
+        "score": partial(number, padded=True),
+        "seconds": seconds,
+        "percent": percent,
+        "pretty": _pretty,
+    }
     return environment
 
 

@@ -13,6 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Split = Literal["train", "query"]
+
 LONGEST_SIDE = 192  # pixels of a stored picture; larger ones are scaled down
 PIXELATED_BELOW = 64  # smaller pictures keep their pixels visible when they are enlarged
 LONGEST_TEXT = 1200  # characters
@@ -22,7 +24,7 @@ MOST_NUMBERS = 12
 class Describes(Protocol):
     """The part of a problem that a report needs."""
 
-    def describe(self, split: Literal["train", "query"], i: int) -> Any:
+    def describe(self, split: Split, i: int) -> Any:
         """Text, image or dict that shows example i."""
 
 
@@ -39,7 +41,7 @@ class Content:
     fields: tuple[tuple[str, Content], ...] = ()
 
 
-def described(problem: Describes, split: Literal["train", "query"], i: int) -> Content:
+def described(problem: Describes, split: Split, i: int) -> Content:
     """Example i of a split as Content; where the problem cannot describe it, the reason as text."""
     try:
         return content(problem.describe(split, i))

@@ -69,12 +69,8 @@ def write_factors(store, fingerprint, layers):
     group = location.open_group(url, "w")
     group.attrs["schema_version"] = schema.SCHEMA_VERSION
     for index, (rows, columns) in enumerate(layers.values()):
-        for name, shape in {
-            "eigenvalues": (rows, columns),
-            "kfac_in": (columns,),
-            "kfac_out": (rows,),
-            "basis_in": (columns, columns),
-        }.items():
+        shapes = {"eigenvalues": (1, rows, columns), "kfac_in": (1, columns), "kfac_out": (1, rows), "basis_in": (1, columns, columns)}
+        for name, shape in shapes.items():
             schema.create_array(group, f"layers/{index}/{name}", shape, dtype="float64")[...] = np.full(shape, index + 1.0)
     location.seal(url)
     return url
@@ -90,7 +86,15 @@ def _manifest(run_id, created, methods, queries, train, measurement, *, complete
     layers = [
         {"name": "fc1", "kind": "Linear", "parameters": 1040, "shape": [16, 65], "positions": 1, "structure": "kronecker"},
         {"name": "fc2", "kind": "Linear", "parameters": 170, "shape": [10, 17], "positions": 1, "structure": "kronecker"},
-        {"name": "norm", "kind": "LayerNorm", "parameters": 32, "shape": [32], "positions": 1, "structure": "diagonal"},
+        {
+            "name": "norm",
+            "kind": "LayerNorm",
+            "parameters": 32,
+            "shape": [32],
+            "positions": 1,
+            "structure": "diagonal",
+            "note": "no Kronecker structure",
+        },
     ]
     names = [layer["name"] for layer in layers]
     curved = [method for method in methods if "grad" not in method]
@@ -107,26 +111,27 @@ def _manifest(run_id, created, methods, queries, train, measurement, *, complete
             "train_data": "d1",
             "query_data": "d2",
             "problem": "p1",
-            "factors": {"ekfac": "f1"},
+            "factors": {"sampled": "f1"},
             "run": "r1",
         },
         "seeds": {"run": 0, "fisher_labels": 0},
         "measurement": measurement,
         "coverage": {"parameters": 5338, "attributed": 1242, "share": 1242 / 5338, "layers": layers, "skipped": [SKIPPED]},
         "damping": {method: {name: 10.0 ** -(3 + i) for i, name in enumerate(names)} for method in curved},
-        "reused": {"checkpoint": True, "factors": False},
+        "reused": {"checkpoint": True, "factors (sampled)": False},
         "layer_share": {method: {"fc1": 0.62, "fc2": 0.35, "norm": 0.03} for method in methods},
         "timings": {
             "checkpoint": {"wall": 0.4, "compute": 0.2},
             "factors": {"wall": 6.2, "compute": 5.1},
             "directions": {"wall": 0.8, "compute": 0.5},
             "scores": {"wall": 4.9, "compute": 4.4},
-            "publish": {"wall": 0.3, "compute": 0.1},
+            "verify": {"wall": 0.3, "compute": 0.1},
+            "total": {"wall": 14.2, "compute": 10.3},
         },
         "methods": list(methods),
         "shape": {"train": train, "query": queries},
         "noise": {"fisher": "one label drawn per training example"},
         "sign": schema.SIGN,
-        "units": schema.UNITS,
+        "units": {method: "cosine, no unit" if method == "gradcos" else schema.UNITS for method in methods},
         "notes": ["products in float32"],
     }

@@ -129,7 +129,7 @@ def test_scores_are_labelled_and_say_what_they_mean(tmp_path):
     assert run.self_influence.dims == ("method", "train")
     assert set(run.influence.coords) == {"method", "query", "train", "query_label", "train_label"}
     assert run.influence.attrs["sign"] == schema.SIGN
-    assert run.influence.attrs["units"] == schema.UNITS
+    assert run.influence.attrs["units"] == {"ekfac": schema.UNITS, "graddot": schema.UNITS}
     assert run.influence.attrs["damping"]["ekfac"]["fc1"] == 1e-3
     assert run.influence.sel({"method": "graddot"}).shape == (12, 60)
     assert run.train_loss.shape == (60,)
@@ -204,11 +204,11 @@ def test_what_no_method_stored_says_which_would(tmp_path):
 def test_factors_are_spectra_by_layer(tmp_path):
     write_run(tmp_path)
     factors = open_run(tmp_path).factors
-    assert factors["fc1.eigenvalues"].shape == (16, 65)
-    assert factors["fc2.kfac_in"].shape == (17,)
+    assert factors["fc1.eigenvalues"].shape == (1, 16, 65)
+    assert factors["fc2.kfac_in"].shape == (1, 17)
     assert factors["fc2.kfac_in"].attrs["kind"] == "Linear"
     assert not [name for name in factors if str(name).startswith("norm")]
-    np.testing.assert_array_equal(factors["fc2.eigenvalues"], np.full((10, 17), 2.0))
+    np.testing.assert_array_equal(factors["fc2.eigenvalues"], np.full((1, 10, 17), 2.0))
 
 
 def test_two_fits_in_one_run_stay_apart(tmp_path):

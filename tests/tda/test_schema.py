@@ -60,7 +60,7 @@ def test_a_damaged_chunk_fails_to_read(tmp_path, group):
         ("influence", (3, 3, 3), (3, 3), None),
         ("influence", (3, 3, 3), (0, 3, 3), None),
         ("influence", (3, 3, 3), None, "float64"),
-        ("eigenvalues", (3, 3), None, "float16"),
+        ("eigenvalues", (1, 3, 3), None, "float16"),
     ],
 )
 def test_what_does_not_suit_its_spec_is_never_created(group, name, shape, chunks, dtype):
@@ -101,7 +101,7 @@ def test_one_dim_has_one_length(group):
 
 def test_layers_may_differ_in_length(group):
     for index in (1, 2):
-        schema.create_array(group, f"layers/{index}/kfac_in", (index,))
+        schema.create_array(group, f"layers/{index}/kfac_in", (1, index))
     schema.validate(group, ["layers/1/kfac_in", "layers/2/kfac_in"])
 
 
