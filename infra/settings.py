@@ -7,12 +7,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """Where results go by default, and how patiently storage and cluster are waited for."""
+    """How patiently storage and cluster are waited for."""
 
     model_config = SettingsConfigDict(env_prefix="TDA_", extra="ignore", frozen=True)
 
-    store: str = "file:./store"
-    """Default of --store for the commands that read results (TDA_STORE)."""
     storage_attempts: int = Field(default=5, ge=1)
     """Attempts of one write before it counts as failed (TDA_STORAGE_ATTEMPTS)."""
     storage_wait: float = Field(default=0.2, ge=0.0)

@@ -9,9 +9,9 @@ from infra.settings import Settings, quiet_prefect
 
 
 def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TDA_STORE", "s3://bucket/prefix")
+    monkeypatch.setenv("TDA_CONNECT_TIMEOUT", "1.5")
     monkeypatch.setenv("TDA_STORAGE_ATTEMPTS", "2")
-    assert (Settings().store, Settings().storage_attempts) == ("s3://bucket/prefix", 2)
+    assert (Settings().connect_timeout, Settings().storage_attempts) == (1.5, 2)
 
 
 def test_senseless_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,195 @@
+"""The command `tda`: run attributions, look at results, find out what is wrong with an installation.
+
+Exit status: 0 done; 2 the user's input is wrong, told in one line; 1 a run failed. Heavy imports wait inside the commands.
+"""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.exceptions import TyperException
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping
+
+    from flows.attribute import RunSummary
+    from tda.results import Run
+
+app = typer.Typer(help="Which training examples made the model do that?", add_completion=False, pretty_exceptions_enable=False)
+
+Store = Annotated[str, typer.Option(envvar="TDA_STORE", help="Where runs are stored: a folder or s3://bucket/prefix.", metavar="URL")]
+RunId = Annotated[str, typer.Argument(help='A run id, a beginning of one that is unique, or "latest".', metavar="RUN")]
+DEFAULT_STORE = "file:./store"
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+SHOWN_QUERIES, SHOWN_EXAMPLES = 3, 3
+
+
+def main() -> None:
+    """Entry point: run a command and turn every expected error into one line on standard error."""
+    sys.exit(status(sys.argv[1:]))
+
+
+def status(arguments: list[str]) -> int:
+    """Run one command line; its exit status."""
+    # As `python -m` would: a problem may be a module beside the user, also for the worker processes.
+    if os.getcwd() not in sys.path:  # noqa: PTH109
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    try:
+        returned = app(arguments or ["--help"], prog_name="tda", standalone_mode=False)
+    except TyperException as error:  # an unknown command or option, a missing argument
+        return _fail(BAD_INPUT, f"{error.format_message().rstrip('.')}; `tda --help` lists what there is")
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(INTERRUPTED, "interrupted; the same command resumes")
+    except Exception as error:
+        code = _status_of(error)
+        if code is None:  # a fault of ours: the traceback is what a report needs
+            raise
+        return _fail(code, str(error))
+    return returned if isinstance(returned, int) else 0
+
+
+def _status_of(error: Exception) -> int | None:
+    from infra.cluster import ClusterError, ShardFailed
+    from infra.storage import StoreError
+    from tda.errors import InputError
+
+    if isinstance(error, InputError | StoreError | ClusterError):
+        return BAD_INPUT
+    # RunFailed by name: its module imports Prefect, and when it was raised that has happened anyway.
+    return FAILED if isinstance(error, ShardFailed) or type(error).__name__ == "RunFailed" else None
+
+
+def _fail(code: int, message: str) -> int:
+    sys.stderr.write(f"tda: {' '.join(message.split())}\n")
+    return code
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="The run's TOML file.", metavar="CONFIG")],
+    store: Annotated[str | None, typer.Option(help="Store results here instead.", metavar="URL")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file.", metavar="KEY=VALUE")] = None,
+) -> None:
+    """Fit, score, publish; resumes what an earlier try left."""
+    from flows.config import load_config
+
+    parsed = load_config(config, overrides or [], store)  # before Prefect is imported: a slip is told at once
+
+    from infra.settings import quiet_prefect
+
+    quiet_prefect()
+    from flows.attribute import attribute_run
+
+    _print_summary(attribute_run(parsed, config))
+
+
+@app.command()
+def runs(store: Store = DEFAULT_STORE) -> None:
+    """List the runs of a store, newest first."""
+    from flows.tables import cell, print_table
+    from tda.results import list_runs
+
+    table = list_runs(store)
+    if table.empty:
+        typer.echo(f"no runs in {store}; `tda run CONFIG` makes one")
+        return
+    rows = [[cell(value) for value in row] for row in table.itertuples(index=False)]
+    print_table(list(table.columns), rows)
+
+
+@app.command()
+def show(run: RunId = "latest", store: Store = DEFAULT_STORE) -> None:
+    """Print a run's manifest: coverage, sign and unit, damping, versions, seeds, what was reused, timings."""
+    from flows.tables import print_manifest
+    from tda.results import open_run
+
+    print_manifest(open_run(store, run, incomplete=True).manifest)
+
+
+@app.command()
+def top(
+    query: Annotated[int, typer.Option("--query", "-q", help="The query's id.")],
+    run: RunId = "latest",
+    k: Annotated[int, typer.Option("-k", min=1, help="How many training examples.")] = 10,
+    method: Annotated[str | None, typer.Option(help="A method's label; the run's first when absent.")] = None,
+    kind: Annotated[Literal["helpful", "harmful"], typer.Option(help="Which end of the ranking.")] = "helpful",
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """The training examples that helped, or harmed, a query most."""
+    from flows.tables import cell, print_table
+    from tda.results import open_run
+
+    table = open_run(store, run).top(query, k=k, method=method, kind=kind)
+    print_table(list(table.columns), [[cell(value) for value in row] for row in table.itertuples(index=False)])
+
+
+@app.command()
+def report(
+    run: RunId = "latest",
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Copy the page to this file.", metavar="FILE")] = None,
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """Say where a run's report is, or copy it from the store."""
+    from pathlib import Path
+
+    from tda.errors import InputError
+    from tda.location import exists, join, read_bytes
+    from tda.results import open_run
+
+    opened = open_run(store, run)
+    url = join(opened.url, "report.html")
+    if not exists(url):
+        raise InputError(f"run {opened.id} has no report at {url}; run its config again to publish one")
+    if output is not None:
+        try:
+            Path(output).write_bytes(read_bytes(url))
+        except OSError as error:
+            raise InputError(f"--output {output}: {error.strerror}; choose a file that can be written") from error
+    typer.echo(output or _readable(url))
+
+
+@app.command()
+def doctor(store: Store = DEFAULT_STORE) -> int:
+    """Check storage, cluster, Prefect and GPU, and say what to mend."""
+    from flows.doctor import examine, print_findings
+
+    return 0 if print_findings(examine(store)) else FAILED
+
+
+def _print_summary(summary: "RunSummary") -> None:
+    from tda.results import open_run
+
+    opened = open_run(summary.store, summary.run_id)
+    _print_examples(opened)
+    typer.echo(f"\nrun      {summary.run_id}")
+    typer.echo(f"reused   {', '.join(summary.reused) or 'nothing: all was computed'}")
+    typer.echo(f"report   {_readable(summary.report_url)}")
+    typer.echo(f'open     import tda; run = tda.open_run("{_readable(summary.store)}", "{summary.run_id}")')
+
+
+def _print_examples(opened: "Run") -> None:
+    """For a few queries, spread over all, the training examples at both ends of the last method's ranking."""
+    from flows.tables import print_table
+
+    method = opened.methods[-1]
+    ids = opened.influence["query"].values.tolist()
+    chosen = ids[:: max(1, len(ids) // SHOWN_QUERIES)][:SHOWN_QUERIES]
+    labels = opened.influence.coords.get("query_label")
+    rows = []
+    for query in chosen:
+        ends = [opened.top(query, k=SHOWN_EXAMPLES, method=method, kind=kind) for kind in ("helpful", "harmful")]
+        label = "" if labels is None else f" (label {labels.sel(query=query).item()})"
+        rows.append([f"{query}{label}", *("\n".join(map(_example, end.to_dict("records"))) for end in ends)])
+    print_table(["query", "most helpful", "most harmful"], rows, title=f"{method}: training example (label) score")
+
+
+def _example(row: "Mapping[Hashable, Any]") -> str:
+    label = f" ({row['label']})" if "label" in row else ""
+    return f"{row['train']}{label} {row['score']:+.3g}"
+
+
+def _readable(url: str) -> str:
+    """A path where there is one: it can be clicked or pasted."""
+    return url.removeprefix("file://")

@@ -1,0 +1,266 @@
+"""A run's configuration: a TOML file, checked key by key before anything is computed or written."""
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from infra.cluster import ClusterSpec
+from tda.errors import InputError
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+
+PLAIN_WORDS = {  # what pydantic calls "Input should be a valid ..."
+    "bool_type": "be true or false",
+    "dict_type": "be a table",
+    "greater_than_equal": "be at least {ge}",
+    "int_type": "be a whole number",
+    "less_than": "be below {lt}",
+    "list_type": "be a list",
+    "model_type": "be a table",
+    "string_too_short": "not be empty",
+    "string_type": "be text",
+    "too_short": "not be empty",
+}
+LONGEST_VALUE = 80  # characters of a value repeated in a message
+
+
+class _Table(BaseModel):
+    # Strict: TOML has types, and a quoted number is a slip.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ClusterConfig(_Table):
+    """The [cluster] table; its keys are those of infra.cluster.ClusterSpec."""
+
+    kind: Literal["local", "address"] = "local"
+    workers: Count = 2
+    threads: Count = 1
+    address: Text | None = None
+    memory_limit: Any = None
+    """Bytes or a text such as "4GiB" per worker; None: an equal share of the machine."""
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _memory_is_a_size(cls, value: Any) -> str | int | None:
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            return value
+        if isinstance(value, str) and re.fullmatch(r"[0-9.]+ ?([kKMGT]i?)?B", value):
+            return value
+        raise ValueError(f'cluster.memory_limit must be a number of bytes or a text such as "4GiB", got {_shown(value)}')
+
+    @model_validator(mode="after")
+    def _address_goes_with_its_kind(self) -> Self:
+        if self.kind == "address" and self.address is None:
+            raise ValueError('cluster.kind = "address" needs cluster.address; add address = "tcp://HOST:8786"')
+        if self.kind != "address" and self.address is not None:
+            raise ValueError(f'cluster.address = "{self.address}" is used only with cluster.kind = "address"; set it or remove the address')
+        return self
+
+    def spec(self) -> ClusterSpec:
+        """As infra.cluster.open_cluster takes it."""
+        return ClusterSpec(**self.model_dump())
+
+
+class RunConfig(_Table):
+    """Everything that a run is told. Paths are absolute once load_config has read them."""
+
+    problem: Text
+    problem_options: dict[str, Any] = Field(default_factory=dict)
+    store: Text = "file:./store"
+    checkpoint: Text | None = None
+    """URL or path of a safetensors file; None: the run trains the model."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    dtype: Literal["auto", "float32", "float64"] = "auto"
+    """What is computed in; auto: the dtype of problem.model()."""
+    products: Literal["full", "bfloat16"] = "full"
+    """The inputs of matrix products; bfloat16 accumulates in float32."""
+    modules: Annotated[list[Text], Field(min_length=1)] = ["*"]
+    """Glob patterns over module names: what is attributed."""
+    exclude: list[Text] = []
+    batch_size: Count | None = None
+    shard_size: Count | None = None
+    """Training examples per shard, the unit of work and of resumption; None: chosen from the sizes."""
+    query_block: Count | None = None
+    self_influence: bool = True
+    methods: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    """[[methods]] tables as written; tda.methods.parse_all has accepted them."""
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), store: str | None = None) -> RunConfig:
+    """Read a run's TOML file.
+
+    Args:
+        path: the file. A problem's .py file and a checkpoint that it names by a relative path lie beside it; a relative store
+            lies in the current directory.
+        overrides: "key=value" each, as --set gives them: dotted keys ("cluster.workers=4", "methods.0.damping=0.1"), values in TOML or
+            else plain text. They win over the file.
+        store: wins over both.
+
+    Raises:
+        InputError: one line that names the file (or --set), the key, the value and the way out.
+    """
+    file = Path(path)
+    document = _read(file)
+    sources = {_apply(document, override): f"--set {override}" for override in overrides}
+    if store is not None:
+        document["store"] = store
+        sources["store"] = f"--store {store}"
+    try:
+        config = RunConfig.model_validate(document)
+    except ValidationError as error:
+        _refuse(file, error, sources)
+    return _resolved(file, config, sources)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.toml")], n=1)
+        hint = f'did you mean "{file.with_name(near[0])}"?' if near else "give the path of a run's TOML file"
+        raise InputError(f"{file}: no such file; {hint}") from None
+    except IsADirectoryError:
+        raise InputError(f"{file}: is a folder; give the path of a run's TOML file") from None
+    except PermissionError:
+        raise InputError(f"{file}: may not be read; check its permissions") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{file}: is not valid TOML: {error}; text values need quotes") from error
+
+
+def _apply(document: dict[str, Any], override: str) -> str:
+    """Write one key=value into the document; the dotted key."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise InputError(f'--set "{override}": is not key=value; for example --set seed=1 or --set cluster.workers=4')
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    node: Any = document
+    for done, part in enumerate(parents):
+        node = _child(node, part, override, ".".join(parents[: done + 1]))
+    if isinstance(node, list):
+        node[_position(node, last, override, key)] = value
+    else:
+        node[last] = value
+    return key
+
+
+def _child(node: Any, part: str, override: str, so_far: str) -> Any:
+    child = node[_position(node, part, override, so_far)] if isinstance(node, list) else node.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise InputError(f'--set "{override}": "{so_far}" is {_shown(child)}, not a table; set it as a whole')
+    return child
+
+
+def _position(node: list[Any], part: str, override: str, so_far: str) -> int:
+    if part.isdecimal() and int(part) < len(node):
+        return int(part)
+    raise InputError(f'--set "{override}": "{so_far}" does not exist; the list has {len(node)}, counted from 0')
+
+
+def _refuse(file: Path, error: ValidationError, sources: dict[str, str]) -> NoReturn:
+    """Raise what matters most as one line: a misspelt key first, since it often explains a missing one."""
+    details = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first = details[0]
+    key = _dotted(first["loc"])
+    raise InputError(f"{_source(file, key, sources)}: {_said(first, key)}") from error
+
+
+def _source(file: Path, key: str, sources: dict[str, str]) -> str:
+    """Where a key's value came from: the option that set it, a part of it or what holds it; else the file."""
+    for changed, option in sources.items():
+        if f"{changed}.".startswith(f"{key}.") or f"{key}.".startswith(f"{changed}."):
+            return option
+    return str(file)
+
+
+def _said(detail: ErrorDetails, key: str) -> str:
+    kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        known = _known_keys(detail["loc"][:-1])
+        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        way_out = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(known)}"
+        return f'unknown key "{key}"; {way_out}'
+    if kind == "missing":
+        example = {"problem": 'problem = "tda.problems.digits:Digits"', "methods": 'a table [[methods]] with name = "ekfac"'}.get(key, key)
+        return f'missing key "{key}"; add {example}'
+    if kind == "literal_error":
+        expected = detail.get("ctx", {})["expected"]
+        near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", expected), n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        return f"{key} must be {expected.replace(chr(39), chr(34))}, got {_shown(value)}{hint}"
+    if kind == "value_error":
+        return detail["msg"].removeprefix("Value error, ")
+    must = PLAIN_WORDS.get(kind, f"be valid ({detail['msg']})").format(**detail.get("ctx", {}))
+    return f"{key} must {must}, got {_shown(value)}"
+
+
+def _known_keys(parents: Sequence[int | str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for parent in parents:
+        inner = model.model_fields[str(parent)].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return list(model.model_fields)
+
+
+def _dotted(loc: Sequence[int | str]) -> str:
+    # A union names its member ("int", "constrained-str") behind the key; no key of ours looks like these.
+    return ".".join(str(part) for part in loc if str(part) not in {"int", "constrained-int", "str", "constrained-str"})
+
+
+def _shown(value: Any) -> str:
+    """A value as TOML would have it, shortened."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = str(value)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+
+
+def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConfig:
+    """The configuration with its methods checked and its paths absolute."""
+    from tda.location import resolve
+    from tda.methods import parse_all
+
+    folder = file.absolute().parent
+    changes: dict[str, Any] = {}
+    uses: dict[str, Callable[[Any], Any]] = {
+        "methods": lambda methods: parse_all(methods) and methods,
+        "store": resolve,
+        "problem": lambda problem: _problem(problem, folder),
+        "checkpoint": lambda checkpoint: checkpoint and resolve(checkpoint, folder),
+    }
+    for key, use in uses.items():
+        try:
+            changes[key] = use(getattr(config, key))
+        except InputError as error:
+            raise InputError(f"{_source(file, key, sources)}: {error}") from error
+    return config.model_copy(update=changes)
+
+
+def _problem(reference: str, folder: Path) -> str:
+    """A reference module:Class as it is; file.py:Class with the file's absolute path."""
+    module, colon, name = reference.rpartition(":")
+    if not (colon and module and name.isidentifier()):
+        raise InputError(f'problem must be "package.module:Class" or "path/to/file.py:Class", got "{reference}"')
+    if not module.endswith(".py"):
+        return reference
+    source = (folder / module).absolute()
+    if not source.is_file():
+        raise InputError(f'problem "{reference}": {source} does not exist; the path is taken from the folder of the configuration')
+    return f"{source}:{name}"

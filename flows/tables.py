@@ -1,0 +1,97 @@
+"""How the command line shows tables and manifests."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """One table on standard output; into a pipe or file, lines are as long as they need to be."""
+    tall = any("\n" in text for row in rows for text in row)
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, show_lines=tall)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False)
+    if not sys.stdout.isatty():
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
+    console.print(table)
+
+
+def cell(value: Any) -> str:
+    """One value as a person reads it; empty for None, NaN and NaT."""
+    if value is None or value != value:  # noqa: PLR0124  (NaN and NaT are not themselves)
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if hasattr(value, "strftime"):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_manifest(manifest: dict[str, Any]) -> None:
+    """A run's run.json by sections, what matters most first; keys that this version does not know come last, as they are."""
+    coverage = dict(manifest.get("coverage", {}))
+    state = "complete" if manifest.get("complete") else "INCOMPLETE: run its config again to finish it"
+    shape = manifest.get("shape", {})
+    share = f"{coverage.get('attributed', 0):,} of {coverage.get('parameters', 0):,} parameters ({coverage.get('share', 0):.1%})"
+    head = [
+        ["run", f"{manifest.get('run_id', '')}  ({state})"],
+        ["created", str(manifest.get("created", ""))],
+        ["problem", str(manifest.get("problem", ""))],
+        ["methods", ", ".join(map(str, manifest.get("methods", [])))],
+        ["examples", f"{shape.get('train', '?')} training, {shape.get('query', '?')} queries"],
+        ["measurement", _inline(manifest.get("measurement"))],
+        ["sign", str(manifest.get("sign", ""))],
+        ["units", _inline(manifest.get("units"))],
+        ["coverage", share],
+        ["reused", ", ".join(name for name, was in manifest.get("reused", {}).items() if was) or "nothing"],
+        ["seeds", _inline(manifest.get("seeds"))],
+        ["noise", _inline(manifest.get("noise")) or "none: nothing was sampled"],
+        ["versions", _inline(manifest.get("versions"))],
+        *(["note", str(note)] for note in manifest.get("notes", [])),
+    ]
+    print_table(["", ""], head)
+    _print_layers(coverage, manifest.get("damping", {}))
+    skipped = [[str(s.get("name")), f"{s.get('parameters', 0):,}", str(s.get("reason"))] for s in coverage.get("skipped", [])]
+    if skipped:
+        print_table(["not attributed", "parameters", "why"], skipped)
+    timings = [[stage, cell(seconds.get("wall")), cell(seconds.get("compute"))] for stage, seconds in manifest.get("timings", {}).items()]
+    if timings:
+        print_table(["stage", "wall s", "compute s"], timings)
+    rest = {key: value for key, value in manifest.items() if key not in SHOWN}
+    print_table(["more", ""], [[key, _inline(value)] for key, value in sorted(rest.items())])
+
+
+SHOWN = {
+    "run_id", "complete", "created", "problem", "methods", "shape", "measurement", "sign", "units", "coverage", "reused", "seeds", "noise",
+    "versions", "notes", "damping", "timings",
+}  # fmt: skip
+
+
+def _print_layers(coverage: dict[str, Any], damping: dict[str, Any]) -> None:
+    """A row per layer: how it is treated, and the damping that each method used there."""
+    methods = [method for method, used in damping.items() if isinstance(used, dict)]
+    rows = [
+        [
+            str(layer.get("name")),
+            str(layer.get("kind")),
+            " x ".join(map(str, layer.get("shape", []))),
+            str(layer.get("structure")),
+            *(cell(damping[method].get(layer.get("name"))) for method in methods),
+        ]
+        for layer in coverage.get("layers", [])
+    ]
+    if rows:
+        print_table(["layer", "kind", "shape", "structure", *(f"damping {method}" for method in methods)], rows)
+
+
+def _inline(value: Any) -> str:
+    """A small nested value on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_inline(inner)}" for key, inner in value.items())
+    return str(value) if isinstance(value, str) else ("" if value is None else json.dumps(value))
