@@ -1,0 +1,406 @@
+import base64
+import io
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tasks import report
+from tasks.report import write_report
+from tasks.report_charts import histogram
+from tasks.report_content import LONGEST_SIDE, LONGEST_TEXT, content, described
+from tasks.report_text import date, number, percent, seconds
+from tda import location
+from tda.results import open_run
+from tests.stored_run import SKIPPED, write_run
+
+HOSTILE = (
+    "</style></script><script>document.title = 'taken'</script><img src=http://attacker.example/x onerror=\"document.title='taken'\">"
+    "<svg onload=alert(1)><style>body{display:none}</style><base href=http://attacker.example/> {{ 7 * 7 }}"
+)
+MINUS = "\N{MINUS SIGN}"
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's package")
+
+
+class Shown:
+    """A problem as far as a report needs one."""
+
+    def __init__(self, describe):
+        self.describe = describe
+
+
+def images(split, i):
+    return np.random.default_rng(i + (split == "query") * 1000).integers(0, 256, (8, 8), dtype=np.uint8)
+
+
+def texts(split, i):
+    return f"{split} text {i}: " + "word " * i
+
+
+def hostile(split, i):
+    return HOSTILE
+
+
+def tables(split, i):
+    return {"age": 20 + i, "name": HOSTILE, "picture": images(split, i)}
+
+
+DESCRIPTIONS = {"images": images, "texts": texts, "hostile": hostile, "tables": tables}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return open_run(location.resolve(write_run(tmp_path).partition("/runs/")[0]))
+
+
+def page_of(tmp_path, describe=images, *, queries=6, k=5, **manifest):
+    write_run(tmp_path, **manifest)
+    return write_report(open_run(tmp_path, incomplete=True), Shown(describe), queries=queries, k=k).decode()
+
+
+def test_the_page_holds_what_a_run_must_state(run):
+    page = write_report(run, Shown(images)).decode()
+    assert SKIPPED["name"] in page
+    assert SKIPPED["reason"].replace("'", "&#39;") in page
+    assert "23.3 %" in page  # the share of parameters attributed
+    for fact in ("fisher_labels", "2.13.0", "c0ffee", "products in float32", "one label drawn per training example", "computed now"):
+        assert fact in page
+    assert "d f_q / d eps_i" in page
+    assert "nats" in page
+    assert "22 November 2026, 02:00 UTC" in page
+    assert 'data-name="damping">0.001<' in page
+    assert "62 %" in page  # the share of layer fc1
+    assert "14.2 s" in page  # the whole run's time, not the sum of its stages
+
+
+def test_the_page_is_the_same_bytes_for_the_same_run(run):
+    assert write_report(run, Shown(images)) == write_report(run, Shown(images))
+
+
+def test_queries_with_the_worst_measurement_come_first(tmp_path):
+    for better, worst in (("lower", np.argmax), ("higher", np.argmin)):
+        page = page_of(tmp_path, better=better, queries=1)
+        values = open_run(tmp_path).query_measurement.to_numpy()
+        assert re.findall(r'id="query-(\d+)"', page) == [str(worst(values))]
+
+
+def test_each_query_stands_beside_its_top_examples_by_every_method(tmp_path):
+    page = page_of(tmp_path, queries=1, k=3)
+    run = open_run(tmp_path)
+    query = int(re.search(r'id="query-(\d+)"', page)[1])
+    card = page.partition("<article")[2].partition("</article>")[0]
+    shown = [int(i) for i in re.findall(r"#(\d+)</span>", card)]
+    expected = [i for method in run.methods for kind in ("helpful", "harmful") for i in run.top(query, 3, method, kind)["train"]]
+    assert shown == expected
+
+
+def test_helpful_means_raising_a_measurement_that_is_better_higher(tmp_path):
+    page = page_of(tmp_path, better="higher")
+    assert 'Helpful <span class="muted">raise the margin' in page
+    assert "(scores above zero)" in page
+
+
+def test_nothing_in_the_page_leads_outside(run):
+    page = write_report(run, Shown(images)).decode()
+    assert "<script" not in page
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+    assert not re.search(r"""(?:src|href|action)\s*=\s*["'](?!data:|#)""", page)
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_hostile_content_is_escaped_wherever_it_stands(tmp_path):
+    layer = {"name": HOSTILE, "kind": HOSTILE, "parameters": 1, "shape": [1], "positions": 1, "structure": HOSTILE}
+    page = page_of(
+        tmp_path,
+        hostile,
+        methods=[HOSTILE],
+        problem=f"x:{HOSTILE}",
+        created=HOSTILE,
+        notes=[HOSTILE],
+        versions={HOSTILE: HOSTILE},
+        config={HOSTILE: HOSTILE},
+        reused={HOSTILE: True},
+        noise={HOSTILE: HOSTILE},
+        coverage={
+            "parameters": 2,
+            "attributed": 1,
+            "share": 0.5,
+            "layers": [layer],
+            "skipped": [dict.fromkeys(("name", "reason"), HOSTILE) | {"parameters": 1}],
+        },
+    )
+    assert "<script" not in page
+    assert "<base" not in page
+    assert "onerror=&#34;" in page
+    assert "{{ 7 * 7 }}" in page
+    assert page.count("<style>") == page.count("</style>") == 1
+
+
+def test_a_broken_describe_does_not_cost_the_report(run):
+    def broken(split, i):
+        raise RuntimeError(f"no picture of {split} {i}")
+
+    page = write_report(run, Shown(broken)).decode()
+    assert "cannot be shown: RuntimeError: no picture of train" in page
+
+
+def test_each_example_is_described_once(run):
+    asked = []
+
+    def describe(split, i):
+        asked.append((split, i))
+        return "x"
+
+    write_report(run, Shown(describe))
+    assert len(asked) == len(set(asked))
+
+
+def test_a_run_with_little_in_it_still_has_a_report(tmp_path):
+    keys = ("config", "versions", "seeds", "coverage", "damping", "reused", "layer_share", "timings", "noise", "fingerprints")
+    empty = {key: {} for key in keys}
+    page = page_of(tmp_path, labels=False, queries=99, k=99, notes=[], train=3, **empty, complete=False)
+    assert "This run is incomplete" in page
+    assert "All queries" in page
+
+
+def test_scores_that_are_missing_are_left_out(tmp_path):
+    url = write_run(tmp_path, complete=False)
+    group = location.open_group(f"{url}/results.zarr", "r+")
+    group["influence"][:] = np.nan
+    group["self_influence"][:] = np.nan
+    page = write_report(open_run(tmp_path, incomplete=True), Shown(images)).decode()
+    assert "No scores are stored for this query" in page
+    assert "Not stored in this run" in page
+
+
+def test_the_histogram_of_a_large_run_draws_some_queries_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MOST_SCORES", 60 * 5)
+    page = page_of(tmp_path)
+    assert "Drawn from 5 evenly spaced queries" in page
+    assert "Histogram of 300 values" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "size", "mode"),
+    [
+        (np.zeros((5, 7)), (7, 5), "L"),
+        (np.zeros((1, 5, 7)), (7, 5), "L"),
+        (np.zeros((5, 7, 1)), (7, 5), "L"),
+        (np.zeros((3, 5, 7)), (7, 5), "RGB"),
+        (np.zeros((5, 7, 3), dtype=np.uint8), (7, 5), "RGB"),
+        (np.zeros((4, 5, 7)), (7, 5), "RGBA"),
+        (torch.zeros(3, 5, 7, dtype=torch.bfloat16, requires_grad=True), (7, 5), "RGB"),
+        (np.zeros((5, 7), dtype=bool), (7, 5), "L"),
+        (np.zeros((400, 1000)), (LONGEST_SIDE, 77), "L"),
+        (Image.new("P", (7, 5)), (7, 5), "RGB"),
+        (Image.new("1", (7, 5)), (7, 5), "L"),
+    ],
+)
+def test_arrays_and_images_of_every_layout_become_pictures(value, size, mode):
+    picture = decoded(content(value))
+    assert picture.size == size
+    assert picture.mode == mode
+
+
+def decoded(shown):
+    assert shown.uri.startswith("data:image/png;base64,")
+    return Image.open(io.BytesIO(base64.b64decode(shown.uri.partition(",")[2])))
+
+
+def test_bytes_stay_and_floats_are_scaled_by_their_range():
+    levels = np.array([[0, 10], [20, 255]], dtype=np.uint8)
+    np.testing.assert_array_equal(decoded(content(levels)), levels)
+    np.testing.assert_array_equal(decoded(content(np.array([[0.0, 0.2], [0.4, 0.4]]))), [[0, 51], [102, 102]])
+    np.testing.assert_array_equal(decoded(content(np.array([[-1.0, 0.0], [1.0, np.nan]]))), [[0, 128], [255, 128]])
+    np.testing.assert_array_equal(decoded(content(np.full((2, 2), 7.0))), np.zeros((2, 2)))
+
+
+def test_tiny_pictures_keep_their_pixels_visible():
+    assert content(np.zeros((8, 8))).pixelated
+    assert not content(np.zeros((224, 224))).pixelated
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("plain", "plain"),
+        ("", "(empty)"),
+        (3.5, "3.5"),
+        (None, "None"),
+        ([1, 2, 3], "1, 2, 3 (3)"),
+        (torch.arange(20), "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, … (20)"),
+        (np.float32(0.1), "0.1"),
+        ([[1, 2], [3]], "[[1, 2], [3]]"),
+    ],
+)
+def test_what_is_no_picture_is_text(value, text):
+    assert content(value).text == text
+
+
+def test_long_texts_are_cut_and_say_by_how_much():
+    shown = content("x" * (LONGEST_TEXT + 7))
+    assert len(shown.text) == LONGEST_TEXT
+    assert shown.omitted == 7
+
+
+def test_fields_are_shown_by_name():
+    shown = described(Shown(tables), "train", 3)
+    assert [name for name, _ in shown.fields] == ["age", "name", "picture"]
+    assert shown.fields[2][1].uri
+
+
+@given(values=st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=40))
+def test_a_histogram_counts_every_finite_value_once_and_splits_at_zero(values):
+    finite = [v for v in values if np.isfinite(v)]
+    found = histogram(np.array(values))
+    if not finite:
+        assert found is None
+        return
+    assert sum(bar.count for bar in found.bars) == found.count == len(finite)
+    assert all(bar.low >= 0 or bar.high <= 0 for bar in found.bars)
+    assert sum(bar.count for bar in found.bars if bar.negative) <= sum(v <= 0 for v in finite)
+    assert all(found.left - 0.1 <= bar.x and bar.x + bar.width <= found.right + 0.7 for bar in found.bars)
+
+
+def test_numbers_shares_durations_and_dates_read_well():
+    shown = [number(v) for v in (0.0, -0.01234, 1234567.0, -1e-7, 12345, float("nan"))]
+    assert shown == ["0", f"{MINUS}0.0123", "1.23e6", f"{MINUS}1.00e{MINUS}7", "12,345", "\N{EN DASH}"]
+    assert number(1.6, padded=True) == "1.60"
+    assert number(123.0, padded=True) == "123"
+    assert [percent(v) for v in (0, 1e-5, 0.5, 0.99999, 1)] == ["0 %", "< 0.1 %", "50 %", "> 99.9 %", "100 %"]
+    assert [seconds(v) for v in (0.012, 3.21, 100, 4000)] == ["12 ms", "3.2 s", "1 min 40 s", "1 h 6 min"]
+    assert date("2026-11-22T03:00:00+01:00") == "22 November 2026, 02:00 UTC"
+    assert date("yesterday") == "yesterday"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """A function that opens a page in a fresh browser tab; it records what the page complains about and what it asks for."""
+    contexts = []
+
+    def open_page(html, width=1280, **options):
+        file = tmp_path / "report.html"
+        file.write_text(html)
+        contexts.append(browser.new_context(viewport={"width": width, "height": 844}, **options))
+        tab = contexts[-1].new_page()
+        tab.complaints, tab.requests = [], []
+        tab.on("console", lambda message: tab.complaints.append(message.text))
+        tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        tab.on("dialog", lambda dialog: tab.complaints.append(dialog.message))
+        tab.on("request", lambda request: tab.requests.append(request.url))
+        tab.goto(file.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.browser
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("kind", sorted(DESCRIPTIONS))
+def test_the_page_fits_and_is_silent(tmp_path, opened, kind, width, scheme):
+    names = [f"transformer.h.{i}.attn.a_rather_long_name_that_must_wrap.c_attn" for i in range(4)]
+    layers = [
+        {"name": name, "kind": "Conv1D", "parameters": 197376, "shape": [768, 257], "positions": 128, "structure": "kronecker"}
+        for name in names
+    ]
+    coverage = {"parameters": 10**9, "attributed": 10**8, "share": 0.1, "layers": layers, "skipped": [SKIPPED]}
+    methods = ["ekfac", "kfac", "graddot", "gradcos", "a-method-with-quite-a-long-label"]
+    html = page_of(
+        tmp_path, DESCRIPTIONS[kind], coverage=coverage, methods=methods, fingerprints={"run": "f" * 64, "factors": {"sampled": "e" * 64}}
+    )
+    tab = opened(html, width, color_scheme=scheme)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.complaints == []
+    assert [url for url in tab.requests if not url.startswith(("file:", "data:"))] == []
+    assert all(tab.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)"))
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_hostile_text_is_shown_as_text(tmp_path, opened):
+    tab = opened(page_of(tmp_path, hostile, problem=f"x:{HOSTILE}"))
+    assert tab.title() == "2026-11-22-0200-digits · training data attribution"
+    assert HOSTILE in tab.locator(".tile .text").first.inner_text()
+    assert tab.locator("h1").is_visible()
+    assert tab.complaints == []
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_even_unescaped_content_could_not_run_or_load(tmp_path, opened):
+    html = page_of(tmp_path).replace("<h1>", f"<h1>{HOSTILE}", 1)
+    tab = opened(html)
+    assert tab.title().startswith("2026-11-22-0200-digits")
+    assert tab.locator("body").evaluate("b => getComputedStyle(b).display") == "block"
+    assert len([line for line in tab.complaints if "Content Security Policy" in line]) >= 3
+
+
+@pytest.mark.browser
+@needs_chromium
+@pytest.mark.parametrize("javascript", [True, False])
+def test_the_chooser_shows_one_method_at_a_time_even_without_scripts(tmp_path, opened, javascript):
+    tab = opened(page_of(tmp_path), java_script_enabled=javascript)
+
+    def shown():
+        return {place for place in (0, 1) if tab.locator(f"#queries .of-{place}").first.is_visible()}
+
+    assert shown() == {0}
+    tab.get_by_text("graddot", exact=True).first.click()
+    assert shown() == {1}
+    tab.keyboard.press("ArrowLeft")
+    assert shown() == {0}
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_tiny_pictures_are_enlarged_without_blur(tmp_path, opened):
+    picture = opened(page_of(tmp_path)).locator(".query img").first
+    assert picture.evaluate("i => getComputedStyle(i).imageRendering") == "pixelated"
+    assert picture.bounding_box()["width"] >= 100
+
+
+@pytest.mark.browser
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(tmp_path, opened, scheme):
+    tab = opened(page_of(tmp_path), color_scheme=scheme)
+    colours = tab.evaluate(
+        "(names => { const s = getComputedStyle(document.documentElement); return names.map(n => s.getPropertyValue('--' + n).trim()) })"
+        "(['ground', 'card', 'ink', 'muted', 'helpful', 'harmful', 'accent'])"
+    )
+    grounds, inks = colours[:2], colours[2:]
+    assert min(contrast(ink, ground) for ink in inks for ground in grounds) >= 4.5
+
+
+def contrast(one, other):
+    """The contrast ratio of two colours by WCAG 2."""
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour):
+    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
