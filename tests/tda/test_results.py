@@ -11,7 +11,7 @@ from tests.stored_run import put, write_factors, write_run
 
 
 @pytest.fixture
-def s3_reads(monkeypatch, moto_s3):
+def s3_reads(monkeypatch):
     """The objects that were read from S3, as (path, bytes)."""
     from s3fs import S3FileSystem
 
@@ -27,9 +27,11 @@ def s3_reads(monkeypatch, moto_s3):
     return reads
 
 
-def test_a_slice_is_read_from_s3_without_the_rest(moto_s3, s3_reads):
-    url = write_run(moto_s3, queries=64, train=20_000, chunks=(1, 4, 2_000))
-    run = open_run(moto_s3)
+@pytest.mark.parametrize("server", ["moto_s3", pytest.param("rgw_s3", marks=pytest.mark.s3)])
+def test_a_slice_is_read_from_s3_without_the_rest(request, server, s3_reads):
+    store = request.getfixturevalue(server)
+    url = write_run(store, queries=64, train=20_000, chunks=(1, 4, 2_000))
+    run = open_run(store)
     s3_reads.clear()
     row = run.influence.loc["ekfac", 17, 4_000:4_999]
     opened = sum(size for _, size in s3_reads)
