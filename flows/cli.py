@@ -40,13 +40,15 @@ def status(arguments: list[str]) -> int:
         returned = app(arguments or ["--help"], prog_name="tda", standalone_mode=False)
     except TyperException as error:  # an unknown command or option, a missing argument
         return _fail(BAD_INPUT, f"{error.format_message().rstrip('.')}; `tda --help` lists what there is")
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail(INTERRUPTED, "interrupted; the same command resumes")
+    except typer.Abort:
+        returned = INTERRUPTED
     except Exception as error:
         code = _status_of(error)
         if code is None:  # a fault of ours: the traceback is what a report needs
             raise
         return _fail(code, str(error))
+    if returned == INTERRUPTED:  # Typer's way of passing Ctrl-C on
+        return _fail(INTERRUPTED, "interrupted; the same command resumes")
     return returned if isinstance(returned, int) else 0
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """One table on standard output; into a pipe or file, lines are as long as they need to be."""
     tall = any("\n" in text for row in rows for text in row)
-    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, show_lines=tall)
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, show_lines=tall, show_header=any(columns))
     for row in rows:
         table.add_row(*row)
     console = Console(markup=False, highlight=False)
@@ -47,7 +47,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         ["examples", f"{shape.get('train', '?')} training, {shape.get('query', '?')} queries"],
         ["measurement", _inline(manifest.get("measurement"))],
         ["sign", str(manifest.get("sign", ""))],
-        ["units", _inline(manifest.get("units"))],
+        ["units", _units(manifest.get("units"))],
         ["coverage", share],
         ["reused", ", ".join(name for name, was in manifest.get("reused", {}).items() if was) or "nothing"],
         ["seeds", _inline(manifest.get("seeds"))],
@@ -63,8 +63,8 @@ def print_manifest(manifest: dict[str, Any]) -> None:
     timings = [[stage, cell(seconds.get("wall")), cell(seconds.get("compute"))] for stage, seconds in manifest.get("timings", {}).items()]
     if timings:
         print_table(["stage", "wall s", "compute s"], timings)
-    rest = {key: value for key, value in manifest.items() if key not in SHOWN}
-    print_table(["more", ""], [[key, _inline(value)] for key, value in sorted(rest.items())])
+    rest = {key: value for key, value in sorted(manifest.items()) if key not in SHOWN}
+    print_table(["more", ""], [row for key, value in rest.items() for row in _rows(key, value)])
 
 
 SHOWN = {
@@ -90,8 +90,24 @@ def _print_layers(coverage: dict[str, Any], damping: dict[str, Any]) -> None:
         print_table(["layer", "kind", "shape", "structure", *(f"damping {method}" for method in methods)], rows)
 
 
+def _units(units: Any) -> str:
+    """The unit once where all methods share it."""
+    if isinstance(units, dict) and len(set(units.values())) == 1:
+        return str(next(iter(units.values())))
+    return _inline(units)
+
+
+def _rows(key: str, value: Any) -> list[list[str]]:
+    """A row per entry of a table, or one row for anything else."""
+    if isinstance(value, dict):
+        return [[f"{key}.{name}", _inline(inner)] for name, inner in value.items()]
+    return [[key, _inline(value)]]
+
+
 def _inline(value: Any) -> str:
     """A small nested value on one line."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_inline(inner)}" for key, inner in value.items())
-    return str(value) if isinstance(value, str) else ("" if value is None else json.dumps(value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value) if isinstance(value, str) else ("" if value is None else json.dumps(value, ensure_ascii=False))
