@@ -19,7 +19,7 @@ from tasks.subject import Opened, Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location, schema
 from tda.curvature.eigen import Factor
-from tda.directions import Dense, Direction, Factored, head, query_gradients, squared_norms
+from tda.directions import Dense, Direction, Factored, query_gradients, squared_norms, take
 from tda.methods import EKFAC, Method, parse
 from tda.products import Products, fast_float32
 from tda.scoring import Scorer, score, score_error
@@ -112,9 +112,9 @@ def _checked_directions(
     directions = made(method, gradients)
     if not isinstance(method, EKFAC) or method.separable == 0:
         return directions, 0.0
-    some = [head(gradient, CHECKED) for gradient in gradients]
+    some = [take(gradient, slice(CHECKED)) for gradient in gradients]
     ids = range(0, job.examples, max(1, job.examples // CHECKED))
-    short = [head(direction, CHECKED) for direction in directions]
+    short = [take(direction, slice(CHECKED)) for direction in directions]
     error = score_error(opened.attributed, opened.train, ids, short, made(method.exact(), some), batch_size=job.batch_size)
     return (directions, error) if error <= method.separable else (made(method.exact(), gradients), 0.0)
 

@@ -83,12 +83,17 @@ class Tape:
         for weight, bias, call in recorder.calls:
             self._calls.setdefault(weight or bias or "", []).append(call)
 
+    @property
+    def precise(self) -> Tensor:
+        """The outputs, detached, in float64: the loss of a well-learnt example has a gradient p - 1 that float32 would mostly round away."""
+        return self.outputs.detach().double()
+
     def seed(self, function: Callable[[Tensor, Tensor], Tensor], targets: Tensor | None = None) -> Tensor:
         """d sum_b function(outputs, targets)_b / d outputs, shaped like the outputs; `targets` are the batch's own by default."""
-        outputs = self.outputs.detach().requires_grad_()
+        outputs = self.precise.requires_grad_()
         with torch.enable_grad():
             value = function(outputs, self._batch.targets if targets is None else targets)
-            return torch.autograd.grad(value.sum(), outputs)[0]
+            return torch.autograd.grad(value.sum(), outputs)[0].to(self.outputs.dtype)
 
     def pairs(self, seed: Tensor, *, last: bool = True) -> Iterator[list[Pair]]:
         """For each block in order, the pairs whose summed products are the per-example gradients of sum(outputs * seed).

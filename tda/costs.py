@@ -20,3 +20,8 @@ def rows_first(positions: int, out: int, in_: int) -> bool:
 def gram_form(rank: int, positions: int, out: int, in_: int) -> bool:
     """Whether an inner product with a direction of `rank` terms is cheaper term by term: rank T (o + i) < o i."""
     return rank * positions * (out + in_) < out * in_
+
+
+def rows_smaller(positions: int, out: int, in_: int) -> bool:
+    """Whether the rows of a gradient take less memory than its matrix: T (o + i) < o i."""
+    return positions * (out + in_) < out * in_

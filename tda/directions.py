@@ -5,7 +5,8 @@ A direction of a block is either a matrix per query, or a short sum of outer pro
     Dense:    V_q                                   matrix (query, groups, out, in)
     Factored: V_q = sum_r left_qr right_qr^T        left (query, rank, groups, out), right (query, rank, groups, in)
 
-Gradients of layers with few positions are kept factored (rank = positions); GradDot then never makes a matrix.
+Query gradients are kept factored (rank = positions) where that takes less memory than the matrices; what is scored is factored only
+where that is also fewer multiplications (see `tda.costs`), as it always is for GradDot with one position per example.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tda.blocks import Block, Pair
-from tda.costs import gram_form
+from tda.costs import gram_form, rows_smaller
 from tda.data import batches
 from tda.errors import InputError
 from tda.modules import Attributed, example_gradients
@@ -52,14 +53,21 @@ def dense(direction: Direction) -> Tensor:
     """The matrices (query, groups, out, in) of a direction."""
     if isinstance(direction, Dense):
         return direction.matrix
-    return torch.einsum("qrgo,qrgi->qgoi", direction.left, direction.right)
+    return direction.left.permute(0, 2, 3, 1) @ direction.right.transpose(1, 2)
 
 
-def head(direction: Direction, queries: int) -> Direction:
-    """The directions of the first queries."""
+def take(direction: Direction, queries: slice) -> Direction:
+    """The directions of some queries."""
     if isinstance(direction, Dense):
-        return Dense(direction.matrix[:queries])
-    return Factored(direction.left[:queries], direction.right[:queries])
+        return Dense(direction.matrix[queries])
+    return Factored(direction.left[queries], direction.right[queries])
+
+
+def scorable(direction: Direction, block: Block) -> Direction:
+    """The direction in the cheaper form for scoring examples of this block."""
+    if isinstance(direction, Factored) and not gram_form(direction.rank, block.positions, block.out, block.in_):
+        return Dense(dense(direction))
+    return direction
 
 
 def scaled(direction: Direction, by: float) -> Direction:
@@ -117,12 +125,13 @@ def query_gradients(
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
             tape = attributed.tape(batch)
-            measured = attributed.problem.measurement(tape.outputs.detach(), batch.targets)
+            measured = attributed.problem.measurement(tape.precise, batch.targets).to(attributed.dtype)
             check_finite(measured, part, "measurement of query")
             values.append(measured)
             pairs = tape.pairs(tape.seed(attributed.problem.measurement))
             found.append([_gradient(block, p) for block, p in zip(attributed.blocks, pairs, strict=True)])
-    return [_join([part[b] for part in found]) for b in range(len(attributed.blocks))], torch.cat(values)
+    # Parts are let go as they are joined: both together would be twice the memory.
+    return [_join([part.pop(0) for part in found]) for _ in attributed.blocks], torch.cat(values)
 
 
 def check_finite(values: Tensor, ids: Sequence[int], what: str) -> None:
@@ -135,7 +144,7 @@ def check_finite(values: Tensor, ids: Sequence[int], what: str) -> None:
 
 def _gradient(block: Block, pairs: Sequence[Pair]) -> Direction:
     positions = sum(pair.positions for pair in pairs)
-    if any(pair.one_hot for pair in pairs) or not gram_form(positions, block.positions, block.out, block.in_):
+    if any(pair.one_hot for pair in pairs) or not rows_smaller(positions, block.out, block.in_):
         return Dense(example_gradients(block, pairs))
     left, right = (torch.cat([getattr(pair, side) for pair in pairs], 2).permute(1, 2, 0, 3) for side in ("left", "right"))
     return Factored(left, right)
@@ -155,4 +164,5 @@ def _join(parts: Sequence[Direction]) -> Direction:
 
 def squared_norms(direction: Direction) -> Tensor:
     """||V_q||^2, (query,)."""
-    return dense(direction).flatten(1).square().sum(1)
+    count = len(direction.matrix) if isinstance(direction, Dense) else len(direction.left)
+    return torch.stack([dense(take(direction, slice(q, q + 1))).square().sum() for q in range(count)])

@@ -73,7 +73,7 @@ _RESULTS = (
 # One group per layer; a convolution with groups has several matrices, every other layer has one.
 # A (in x in) and S (out x out) are its Kronecker factors; basis_in and basis_out hold their eigenvectors.
 _FACTORS = (
-    ArraySpec("eigenvalues", ("group", "out", "in"), _FLOAT, "Lambda: mean squared example gradient in the basis", _SQUARED_GRADIENT, fill=_NAN),
+    ArraySpec("eigenvalues", ("group", "out", "in"), _FLOAT, "Lambda: mean squared gradient in the basis", _SQUARED_GRADIENT, fill=_NAN),
     ArraySpec("kfac_in", ("group", "in"), _FLOAT, "eigenvalues of A = E[a a^T], at least 0", fill=_NAN),
     ArraySpec("kfac_out", ("group", "out"), _FLOAT, "eigenvalues of S = E[s s^T], at least 0", _SQUARED_GRADIENT, fill=_NAN),
     ArraySpec("basis_in", ("group", "in", "in_basis"), _FLOAT, "eigenvectors of A, one per column", fill=_NAN),

@@ -78,7 +78,7 @@ def _score_batch(
 ) -> ShardScores:
     batch = attributed.load(dataset, ids)
     tape = attributed.tape(batch)
-    loss = attributed.problem.likelihood.loss(tape.outputs.detach(), batch.targets)
+    loss = attributed.problem.likelihood.loss(tape.precise, batch.targets).to(attributed.dtype)
     check_finite(loss, ids, "loss of train example")
     queries = len(scorers[0].norms) if scorers else 0
     influence = loss.new_zeros(len(scorers), queries, len(ids))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tda.blocks import Block
 
 #: A batch's captured rows and their copies are kept below this.
-BATCH_BYTES = 128 << 20
+BATCH_BYTES = 256 << 20
 #: All directions of a query block are kept below this.
 DIRECTION_BYTES = 1 << 30
 
@@ -16,8 +16,7 @@ DIRECTION_BYTES = 1 << 30
 def batch_size(blocks: Sequence[Block], *, itemsize: int) -> int:
     """Examples per forward pass: a power of two whose rows (with two copies for the graph and the rotation) fit BATCH_BYTES."""
     rows = sum(3 * b.positions * b.groups * (b.out + (b.in_ if b.form != "embedding" else 1)) for b in blocks)
-    largest = max(b.size if b.positions > 1 else 0 for b in blocks)
-    fitting = BATCH_BYTES // max(itemsize * (rows + largest), 1)
+    fitting = BATCH_BYTES // max(itemsize * rows, 1)
     return 2 ** max(0, min(10, int(math.log2(max(fitting, 1)))))
 
 

@@ -17,6 +17,9 @@ from tda.data import batches
 from tda.modules import Attributed
 from tda.products import Products, fast_float32, matmul
 
+#: Matrices with at least this many entries are multiplied from the left one by one; smaller ones are laid side by side first.
+LARGE = 1 << 14
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -102,24 +105,44 @@ def _add_squares(block: Block, factor: Factor, total: Tensor, pairs: Sequence[Pa
 
 def rotate_rows(factor: Factor, pair: Pair, products: Products = "full") -> tuple[Tensor, Tensor]:
     """left U_S and right U_A of a pair, same shapes."""
-    right = pair.right if pair.one_hot else _times(pair.right, factor.basis_in, products)
-    return _times(pair.left, factor.basis_out, products), right
+    right = pair.right if pair.one_hot else times(pair.right, factor.basis_in, products)
+    return times(pair.left, factor.basis_out, products), right
 
 
-def _times(rows: Tensor, basis: Tensor | None, products: Products) -> Tensor:
+def times(rows: Tensor, basis: Tensor | None, products: Products) -> Tensor:
+    """Rows (groups, batch, positions, n) times a basis (groups, n, n), or as they are where there is none."""
     # Flattened, because a basis broadcast over the batch would be multiplied once per example.
     return rows if basis is None else matmul(rows.flatten(1, 2), basis, products).view(*rows.shape[:3], -1)
 
 
 def rotate(factor: Factor, matrix: Tensor, *, back: bool = False, products: Products = "full") -> Tensor:
-    """U_S^T M U_A for matrices (..., groups, out, in); with `back`, U_S M U_A^T."""
-    if factor.basis_out is not None:
-        basis = factor.basis_out if back else factor.basis_out.transpose(1, 2)
-        matrix = matmul(basis, matrix, products)
+    """U_S^T M U_A for matrices (batch, groups, out, in); with `back`, U_S M U_A^T."""
     if factor.basis_in is not None:
-        basis = factor.basis_in.transpose(1, 2) if back else factor.basis_in
-        matrix = matmul(matrix, basis, products)
+        matrix = _right(matrix, factor.basis_in.transpose(1, 2) if back else factor.basis_in, products)
+    if factor.basis_out is not None:
+        matrix = _left(factor.basis_out if back else factor.basis_out.transpose(1, 2), matrix, products)
     return matrix
+
+
+def _right(matrix: Tensor, basis: Tensor, products: Products) -> Tensor:
+    """M W for each group: one product of all rows."""
+    batch, groups, out, in_ = matrix.shape
+    rows = matrix.transpose(0, 1).reshape(groups, batch * out, in_)
+    return matmul(rows, basis, products).view(groups, batch, out, in_).transpose(0, 1)
+
+
+def _left(basis: Tensor, matrix: Tensor, products: Products) -> Tensor:
+    """W M for each group. A basis broadcast over a batch runs at an eighth of the speed of plain products."""
+    batch, groups, out, in_ = matrix.shape
+    basis = basis.contiguous()
+    if out * in_ < LARGE:
+        columns = matrix.permute(1, 2, 0, 3).reshape(groups, out, batch * in_)
+        return matmul(basis, columns, products).view(groups, out, batch, in_).permute(2, 0, 1, 3)
+    result = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    for b in range(batch):
+        for g in range(groups):
+            result[b, g] = matmul(basis[g], matrix[b, g], products)
+    return result
 
 
 def rotated_gradients(block: Block, factor: Factor, pairs: Sequence[Pair], products: Products = "full") -> Any:
@@ -132,7 +155,7 @@ def rotated_gradients(block: Block, factor: Factor, pairs: Sequence[Pair], produ
     for b in range(pairs[0].left.shape[1]):
         parts = [matmul(left[:, b].transpose(1, 2), right[:, b], products) for left, right in rows]
         gradient = sum(parts[1:], start=parts[0])
-        yield gradient if early else rotate(factor, gradient, products=products)
+        yield gradient if early else rotate(factor, gradient[None], products=products)[0]
 
 
 def merged_embedding(factor: Factor, pairs: Sequence[Pair], vocabulary: int, products: Products = "full") -> Any:

@@ -20,14 +20,14 @@ def seeds(problem: Problem, tape: Tape, batch: Batch, ids: Sequence[int], fisher
     "empirical": the data's labels. "sampled": labels drawn from the model, one draw per example, keyed by (seed, example id).
     "exact": the expectation over labels, by the columns of a square root of the likelihood's output Hessian.
     """
-    likelihood, outputs = problem.likelihood, tape.outputs.detach()
+    likelihood, outputs = problem.likelihood, tape.precise
     if fisher == "empirical":
         yield tape.seed(likelihood.loss), True, True
     elif fisher == "sampled":
         drawn = likelihood.sample(outputs, batch.targets, uniforms(seed, ids, likelihood.draws(outputs)).to(outputs.device))
         yield tape.seed(likelihood.loss, drawn), True, True
     else:
-        columns = likelihood.hessian_columns(outputs, batch.targets)
+        columns = (column.to(tape.outputs.dtype) for column in likelihood.hessian_columns(outputs, batch.targets))
         column, first = next(columns), True
         for following in columns:
             yield column, first, False

@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tda.curvature.eigen import Factor, rotate
-from tda.products import Products
+from tda.curvature.eigen import Factor
 
 Damping = float | Literal["heuristic"]
 
@@ -33,8 +32,3 @@ def inverse_eigenvalues(factor: Factor, kind: Literal["kfac", "ekfac"], damping:
     """1 / (Lambda + lambda), (groups, out, in); 0 where both are 0 (a direction that no example ever moves: the pseudo-inverse)."""
     damped = spectrum(factor, kind).double() + damping_value(factor, kind, damping)
     return torch.where(damped > 0, 1 / damped.clamp(min=torch.finfo(torch.float64).tiny), 0.0).to(factor.kfac_out.dtype)
-
-
-def precondition(factor: Factor, matrix: Tensor, inverse: Tensor, products: Products = "full") -> Tensor:
-    """(F + lambda I)^-1 applied to matrices (..., groups, out, in), given `inverse_eigenvalues`."""
-    return rotate(factor, rotate(factor, matrix, products=products) * inverse, back=True, products=products)

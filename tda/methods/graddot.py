@@ -6,7 +6,7 @@ from typing import Literal
 
 from tda.blocks import Block
 from tda.curvature.eigen import Factor
-from tda.directions import Direction, scaled
+from tda.directions import Direction, scaled, scorable
 from tda.methods.method import Method
 from tda.products import Products
 
@@ -18,4 +18,4 @@ class GradDot(Method):
 
     def direction(self, block: Block, factor: Factor | None, gradient: Direction, products: Products) -> Direction:
         """V_q = -g_q."""
-        return scaled(gradient, -1.0)
+        return scorable(scaled(gradient, -1.0), block)

@@ -11,13 +11,14 @@ from pydantic import field_validator
 from tda.blocks import Block
 from tda.curvature.eigen import Factor
 from tda.curvature.fisher import Fisher
-from tda.curvature.inverse import Damping, damping_value, inverse_eigenvalues, precondition
-from tda.directions import Dense, Direction, dense
+from tda.curvature.inverse import Damping, damping_value, inverse_eigenvalues
+from tda.directions import Dense, Direction, take
+from tda.methods.precondition import precondition
 from tda.methods.method import Method
 from tda.products import Products
 
 #: Queries preconditioned at a time: bounds the temporary matrices.
-CHUNK = 32
+CHUNK = 16
 
 
 class KFAC(Method):
@@ -50,9 +51,13 @@ class KFAC(Method):
         """V_q = -(F + lambda I)^-1 g_q in the Kronecker eigenbasis."""
         assert factor is not None
         inverse = -inverse_eigenvalues(factor, self._kind, self.damping)
-        matrix = dense(gradient)
-        parts = [precondition(factor, matrix[k : k + CHUNK], inverse, products) for k in range(0, len(matrix), CHUNK)]
-        return Dense(torch.cat(parts))
+        count = len(gradient.matrix if isinstance(gradient, Dense) else gradient.left)
+        dtype = torch.bfloat16 if products == "bfloat16" else inverse.dtype
+        matrix = torch.empty(count, *inverse.shape, dtype=dtype)
+        for k in range(0, count, CHUNK):
+            some = slice(k, k + CHUNK)
+            matrix[some] = precondition(factor, take(gradient, some), inverse, products)
+        return Dense(matrix)
 
     def damping_of(self, factor: Factor | None) -> float | None:
         """lambda of the block."""
