@@ -1,5 +1,4 @@
 """Numbers, durations, shares and dates as people read them."""
-# ruff: noqa: PLR2004  (the thresholds of a format are clearest where they stand)
 
 from __future__ import annotations
 
