@@ -203,6 +203,8 @@ def vector_gradient(call: Call, gradient: Tensor, layout: Layout, batch: int) ->
 def _reduce(x: Tensor, shape: torch.Size, layout: Layout, batch: int) -> Tensor:
     """Sum `x` over every axis but the batch to `shape` (aligned at the right, as broadcasting does)."""
     x = x.reshape(batch, -1, *x.shape[1:]) if layout.folded else x.movedim(layout.axis, 0)
+    while len(shape) and shape[0] == 1:  # a leading 1 may stand at the batch axis itself, as in positions (1, tokens, width)
+        shape = shape[1:]
     flat = x.reshape(batch, -1, *x.shape[x.ndim - len(shape) :]).sum(1)
     ones = [d + 1 for d, n in enumerate(shape) if n == 1]
     return flat.sum(ones, keepdim=True) if ones else flat
