@@ -54,7 +54,7 @@ def attribute_run(config: RunConfig, config_path: str = "") -> RunSummary:
     _examined(request)
     storage.check_store(request.store)
     try:
-        return attribute(config.model_dump(mode="json"), config_path)
+        return attribute(config.model_dump(mode="json"))
     except ShardFailed as error:
         if isinstance(error.cause, InputError):
             raise error.cause from error
@@ -85,7 +85,7 @@ _examined = functools.lru_cache(maxsize=1)(prepare.examine)
 
 
 @flow(name="attribute", validate_parameters=False)
-def attribute(config: dict[str, Any], config_path: str = "") -> RunSummary:
+def attribute(config: dict[str, Any]) -> RunSummary:
     """Fit, score, publish. config: a RunConfig as JSON, so that a schedule can hold it."""
     from flows.config import RunConfig
 

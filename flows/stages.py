@@ -17,6 +17,7 @@ from flows.progress import Progress
 from infra import storage
 from infra.cluster import run_shards
 from tasks import factors, layout, prepare, publish, scores, training
+from tasks.subject import open_subject
 from tda import location
 
 
@@ -78,7 +79,7 @@ def fit(job: factors.FactorJob) -> bool:
         for level in factors.levels(job, sums):  # type: ignore[arg-type]
             run(factors.reduce_node, level, f"sum {label} ({kind})")
         if sums == "covariance":
-            count = len(factors.open_subject(job.subject).attributed.blocks)
+            count = len(open_subject(job.subject).attributed.blocks)
             run(factors.decompose_layer, [(job, layer) for layer in range(count)], f"eigendecompositions ({kind})")
     run(factors.finish_factors, [job], f"finish factors ({kind})")
     return False

@@ -22,8 +22,7 @@ import zarr
 from torch import Tensor
 
 from infra import storage
-from tasks import layout
-from tasks.subject import Opened, Subject, open_subject
+from tasks.subject import Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location, schema
 from tda.blocks import Block
@@ -178,7 +177,7 @@ def finish_factors(job: FactorJob) -> dict[str, Any]:
         _write(_layer(group, b), "eigenvalues", total.double() / job.examples)
         for name in _shapes(block):
             if not np.isfinite(np.asarray(_layer(group, b)[name][...])).all():
-                raise ArithmeticError(f"factors of layer {block.name}: {name} is not finite; the model's gradients overflow at this checkpoint")
+                raise ArithmeticError(f"factors of layer {block.name}: {name} is not finite: the gradients overflow")
     marker = {"fisher": job.fisher, "examples": job.examples, "layers": [block.name for block in blocks]}
     storage.write_json(location.join(job.url, "complete.json"), marker)
     storage.delete_tree(location.join(job.url, "partial"))
@@ -213,6 +212,3 @@ def load_factors(url: str, blocks: Sequence[Block], *, eigenvalues: bool = True)
 def fitted(url: str, subject: Subject) -> tuple[Factor, ...]:
     """The factors of a completed fit, kept for the next shard of the same worker."""
     return tuple(load_factors(url, open_subject(subject).attributed.blocks))
-
-
-__all__ = ["FactorJob", "Node", "Opened", "create_factors", "decompose_layer", "finish_factors", "fitted", "levels", "reduce_node", "sum_shard"]

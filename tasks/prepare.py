@@ -134,7 +134,8 @@ def plan(request: Request, inputs: Inputs) -> Plan:
         "dtype": str(opened.attributed.dtype), "products": request.products, "batch": batch, "shard": shard,
     }  # fmt: skip
     methods = parse_all([json.loads(text) for text in request.methods])
-    fits, urls = {}, []
+    fits: dict[str, FactorJob] = {}
+    urls = []
     for method in methods:
         if method.fisher_kind is None:
             urls.append("")

@@ -72,7 +72,7 @@ def notes(plan: Plan) -> list[str]:
     said = [f"{b.name}: diagonal curvature ({b.size} parameters without Kronecker structure)" for b in blocks if b.structure == "diagonal"]
     said += [f"{b.name}: {b.reason}" for b in blocks if b.direct]
     if "sampled" in plan.fits:
-        said.append("the Fisher's labels are sampled, one per example: its noise is not part of the scores; fisher = \"exact\" has none")
+        said.append('the Fisher\'s labels are sampled, one per example: its noise is not part of the scores; fisher = "exact" has none')
     return said
 
 
@@ -82,7 +82,8 @@ def used_damping(plan: Plan) -> dict[str, dict[str, float]]:
     found = {}
     for method, factors in zip(plan.scores.parsed(), plan.scores.factors(), strict=True):
         if method.curvature:
-            found[method.title] = {block.name: float(method.damping_of(factor) or 0.0) for block, factor in zip(blocks, factors, strict=True)}
+            used = [method.damping_of(factor) or 0.0 for factor in factors]
+            found[method.title] = {block.name: value for block, value in zip(blocks, used, strict=True)}
     return found
 
 

@@ -81,7 +81,7 @@ def make_directions(task: tuple[ScoreJob, int]) -> dict[str, Any]:
     if not location.exists(url):
         opened = open_subject(job.subject)
         attributed, ids = opened.attributed, job.query_ids(block)
-        gradients, values = query_gradients(attributed, opened.query, ids, batch_size=job.batch_size, products=job.products)
+        gradients, values = query_gradients(attributed, opened.query, ids, batch_size=job.batch_size)
         norms = torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
         tensors = {"measurement": values, "norms": norms}
         for m, (method, factors) in enumerate(zip(job.parsed(), job.factors(), strict=True)):

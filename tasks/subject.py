@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass(frozen=True)
 class Subject:
-    """A problem (`options` is JSON), the URL of its checkpoint ("" for the weights that the problem's model starts with), and which modules."""
+    """A problem (`options` is JSON), its checkpoint's URL ("" for the weights that its model starts with), and which modules."""
 
     problem: str
     options: str

@@ -7,7 +7,7 @@ operation that we do not know is noticed instead of missed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from tda.problem import Batch, Problem
 class Recorder(TorchFunctionMode):
     """While active, lists every known use of the watched parameters (`calls`), and the unknown ones by name (`unknown`)."""
 
-    def __init__(self, watched: dict[str, Tensor], batch: int) -> None:
+    def __init__(self, watched: Mapping[str, Tensor], batch: int) -> None:
         super().__init__()
         self._names = {id(tensor): name for name, tensor in watched.items()}
         self._batch = batch
@@ -53,7 +53,7 @@ class Recorder(TorchFunctionMode):
 
     def _record(self, call: Call, output: Tensor) -> Tensor:
         if call.op == "embedding" and output.ndim == 3 and output.shape[0] == 1 and self._batch > 1:
-            # Position embeddings of shape (1, tokens, width) are broadcast over the batch: expanded here, each example has its own gradient.
+            # Position embeddings (1, tokens, width) are broadcast over the batch: expanded here, each example has its own gradient.
             output = output.expand(self._batch, -1, -1)
         weight, bias = (None if t is None else self._names.get(id(t)) for t in (call.weight, call.bias))
         if weight is None and bias is not None and call.op in MATRIX:
@@ -85,7 +85,7 @@ class Tape:
 
     @property
     def precise(self) -> Tensor:
-        """The outputs, detached, in float64: the loss of a well-learnt example has a gradient p - 1 that float32 would mostly round away."""
+        """The outputs, detached, in float64: of the gradient p - 1 of a well-learnt example, float32 would leave little but rounding."""
         return self.outputs.detach().double()
 
     def seed(self, function: Callable[[Tensor, Tensor], Tensor], targets: Tensor | None = None) -> Tensor:
@@ -101,11 +101,11 @@ class Tape:
         last: whether the graph may be freed. Blocks are made one at a time, so that only one layer's patches are in memory.
         """
         calls = [call for calls in self._calls.values() for call in calls]
-        found = torch.autograd.grad(self.outputs, [c.edge for c in calls], seed, retain_graph=not last, allow_unused=True) if calls else ()
-        gradients = {
-            id(call): torch.zeros_like(call.output) if gradient is None else gradient  # type: ignore[arg-type]
-            for call, gradient in zip(calls, found, strict=True)
-        }
+        edges = [call.edge for call in calls]
+        found: Sequence[Tensor | None] = (
+            torch.autograd.grad(self.outputs, edges, seed, retain_graph=not last, allow_unused=True) if edges else ()
+        )
+        gradients = {id(call): _or_zeros(gradient, call.output) for call, gradient in zip(calls, found, strict=True)}
         for block in self._blocks:
             yield [self._direct(block, seed)] if block.direct else self._read(block, gradients)
 
@@ -140,10 +140,18 @@ class Tape:
             one = example(self._batch, i, self.size)
             with torch.enable_grad():
                 outputs = self._problem.predict(self._model, one)
-                found = torch.autograd.grad(outputs, wanted, seed[i : i + 1], allow_unused=True)
-            whole = {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(block.parameters, wanted, found, strict=True)}
+                found: Sequence[Tensor | None] = torch.autograd.grad(outputs, wanted, seed[i : i + 1], allow_unused=True)
+            whole = {n: _or_zeros(g, p) for n, p, g in zip(block.parameters, wanted, found, strict=True)}
             rows.append(to_matrix(block, whole).flatten())
         return _column(torch.stack(rows))
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor:
+    """What autograd found; zeros where the outputs do not depend on it."""
+    if gradient is not None:
+        return gradient
+    assert like is not None
+    return torch.zeros_like(like)
 
 
 def _column(gradient: Tensor) -> Pair:

@@ -32,7 +32,7 @@ def parse(data: bytes, where: str) -> dict[str, Tensor]:
         raise InputError(f"checkpoint {where} is not a safetensors file ({error}); save it with safetensors.torch.save_file") from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"checkpoint {where}: {name} holds NaN or infinite weights; use a checkpoint from before the training diverged")
+            raise InputError(f"checkpoint {where}: {name} holds NaN or infinite weights; take one from before the training diverged")
     return state
 
 

@@ -1,4 +1,6 @@
-"""Which form of a computation is cheapest, decided from shapes. Multiplications are counted; a block is (out, in) = (o, i) with T positions.
+"""Which form of a computation is cheapest, decided from shapes.
+
+Multiplications are counted; a block is (out, in) = (o, i) with T positions.
 
 A per-example gradient D = sum_t l_t r_t^T can be used in three forms:
 

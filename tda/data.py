@@ -69,7 +69,7 @@ def length(dataset: Any, split: str) -> int:
     try:
         n = len(dataset)
     except TypeError as error:
-        raise InputError(f"{split}_data() must be map-style with a length, got {type(dataset).__name__}; wrap it in a list or Dataset") from error
+        raise InputError(f"{split}_data() must be map-style with a length, got {type(dataset).__name__}; wrap it in a list") from error
     if n == 0:
         raise InputError(f"{split}_data() is empty: there is nothing to attribute; check the problem's data source")
     return n

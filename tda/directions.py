@@ -112,9 +112,7 @@ def _embedding_inner(matrix: Tensor, pair: Pair) -> Tensor:
     return torch.stack(each, 1)
 
 
-def query_gradients(
-    attributed: Attributed, dataset: Any, ids: Sequence[int], *, batch_size: int, products: Products = "full"
-) -> tuple[list[Direction], Tensor]:
+def query_gradients(attributed: Attributed, dataset: Any, ids: Sequence[int], *, batch_size: int) -> tuple[list[Direction], Tensor]:
     """Gradients of the measurement at the queries, block by block, and the measurements (query,).
 
     Raises InputError naming the query whose measurement is not finite.

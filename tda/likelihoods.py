@@ -32,7 +32,7 @@ class Likelihood(Protocol):
         """Targets drawn from p(. | outputs); uniforms (batch, draws) in (0, 1); ignored positions of `targets` stay ignored."""
 
     def hessian_columns(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        """Columns c_k (each shaped like outputs) with sum_k c_k c_k^T = E_y[grad grad^T] per example; InputError where they are too many."""
+        """Columns c_k (each shaped like outputs) with sum_k c_k c_k^T = E_y[grad grad^T] per example; InputError: too many."""
 
 
 def _no_columns(name: str) -> InputError:
@@ -46,7 +46,7 @@ def _check_classes(labels: Tensor, classes: int) -> None:
     if bool(bad.any()):
         where = int(bad.reshape(len(labels), -1).any(1).nonzero()[0])
         value = int(labels[bad][0])
-        raise InputError(f"target {value} of example {where} of the batch is out of range: the model has {classes} classes (0..{classes - 1})")
+        raise InputError(f"target {value} at place {where} of the batch is out of range: the model has classes 0..{classes - 1}")
 
 
 def _pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Categorical:
         """Raise InputError unless outputs are (batch, classes) and targets are class indices in range."""
         if outputs.ndim != 2 or targets.shape != outputs.shape[:1]:
             raise InputError(
-                f"Categorical expects outputs (batch, classes) and targets (batch,), got {tuple(outputs.shape)} and {tuple(targets.shape)}; "
+                f"Categorical takes outputs (batch, classes) and targets (batch,), got {tuple(outputs.shape)} and {tuple(targets.shape)}; "
                 "for tokens use TokenCategorical"
             )
         _check_classes(targets, outputs.shape[1])
@@ -140,11 +140,12 @@ class TokenCategorical:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Regression with unit noise: loss = 0.5 ||targets - outputs||^2, outputs and targets (batch, ...) of one shape (a trailing 1 may lack)."""
+    """Regression with unit noise: loss = 0.5 ||targets - outputs||^2; outputs (batch, ...), targets as many numbers."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Half the squared error summed over outputs, shape (batch,); the constant of the density is left out."""
-        return 0.5 * (outputs - targets.view_as(outputs)).square().flatten(1).sum(1) if outputs.ndim > 1 else 0.5 * (outputs - targets).square()
+        squares: Tensor = (outputs - targets.view_as(outputs)).square()
+        return 0.5 * squares.reshape(len(outputs), -1).sum(1)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise InputError unless targets are real numbers as many as outputs."""
@@ -156,7 +157,7 @@ class Gaussian:
 
     def sample(self, outputs: Tensor, targets: Tensor, uniforms: Tensor) -> Tensor:
         """outputs + standard normal noise."""
-        noise = torch.special.ndtri(uniforms.double()).to(outputs.dtype)
+        noise: Tensor = torch.special.ndtri(uniforms.double()).to(outputs.dtype)
         return outputs + noise.view_as(outputs)
 
     def hessian_columns(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:

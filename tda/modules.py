@@ -8,7 +8,7 @@ differs even then has no per-example gradient, and is refused. So nothing is att
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +22,9 @@ from tda.data import load_batch
 from tda.errors import InputError
 from tda.operations import MATRIX, Call, Layout
 from tda.problem import Batch, Problem
+
+#: A use of a parameter: the name of the bias with it, and the call as recorded for two and for three examples.
+Use = tuple[str | None, Call, Call]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Attributed:
         return Tape(self.problem, self.model, self.blocks, self.layouts, batch, len(batch.targets))
 
 
-def inspect(problem: Problem, model: nn.Module, dataset: Any, *, modules: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Attributed:
+def inspect(
+    problem: Problem, model: nn.Module, dataset: Any, *, modules: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> Attributed:
     """Cut `model` into blocks. `modules` and `exclude` are glob patterns over module or parameter names; a pattern takes what lies below.
 
     Raises InputError where a pattern matches nothing, where nothing is left to attribute, where the loss is not one finite number per
@@ -84,7 +89,7 @@ def inspect(problem: Problem, model: nn.Module, dataset: Any, *, modules: Sequen
     return _verify(attributed, pair)
 
 
-def _select(parameters: dict[str, Tensor], modules: Sequence[str], exclude: Sequence[str]) -> tuple[dict[str, Tensor], list[Skipped]]:
+def _select(parameters: Mapping[str, Tensor], modules: Sequence[str], exclude: Sequence[str]) -> tuple[dict[str, Tensor], list[Skipped]]:
     def matches(name: str, pattern: str) -> bool:
         parts = name.split(".")
         return any(fnmatchcase(".".join(parts[:k]), pattern) for k in range(1, len(parts) + 1))
@@ -92,7 +97,7 @@ def _select(parameters: dict[str, Tensor], modules: Sequence[str], exclude: Sequ
     for pattern in (*modules, *exclude):
         if not any(matches(name, pattern) for name in parameters):
             near = difflib.get_close_matches(pattern, {n.rpartition(".")[0] or n for n in parameters}, n=3, cutoff=0.3)
-            raise InputError(f"pattern {pattern!r} matches no module or parameter; near it: {', '.join(near) or ', '.join(list(parameters)[:3])}")
+            raise InputError(f"pattern {pattern!r} matches no module or parameter; try e.g. {', '.join(near or list(parameters)[:3])}")
     chosen, skipped = {}, []
     for name, tensor in parameters.items():
         if not any(matches(name, p) for p in modules):
@@ -118,11 +123,11 @@ def _record(problem: Problem, model: nn.Module, chosen: dict[str, Tensor], batch
                 "batch is (inputs, targets) as the dataset yields them"
             ) from error
     problem.likelihood.check(outputs.detach(), batch.targets)
-    return recorder
+    return recorder  # type: ignore[no-any-return]  # the mode's __enter__ is untyped
 
 
 def _classify(chosen: dict[str, Tensor], few: Recorder, more: Recorder) -> tuple[list[Block], dict[str, Layout]]:
-    uses: dict[str, list[tuple[str | None, Call, Call]]] = {}
+    uses: dict[str, list[Use]] = {}
     same = len(few.calls) == len(more.calls)
     for (weight, bias, a), (_, _, b) in zip(few.calls, more.calls, strict=same):
         uses.setdefault(weight or bias or "", []).append((bias, a, b))
@@ -150,45 +155,48 @@ def _classify(chosen: dict[str, Tensor], few: Recorder, more: Recorder) -> tuple
     return blocks, layouts
 
 
-def _block(chosen: dict[str, Tensor], key: str, calls: list[tuple[str | None, Call, Call]]) -> tuple[Block | None, Layout | None, str]:
+def _block(chosen: dict[str, Tensor], key: str, calls: Sequence[Use]) -> tuple[Block | None, Layout | None, str]:
+    """The block of the parameter `key`, where its examples are, or why it cannot be one."""
     ops, biases = {a.op for _, a, _ in calls}, {bias for bias, _, _ in calls}
     layouts = {_layout(a, b) for _, a, b in calls}
-    linear_bias = {bias for bias, a, _ in calls if a.op != "embedding"}
-    if len(linear_bias) > 1:
+    if len({bias for bias, a, _ in calls if a.op != "embedding"}) > 1:
         return None, None, "used with and without its bias"
     if len(layouts) > 1 or None in layouts:
         return None, None, "its batch axis cannot be found"
-    layout, bias = layouts.pop(), next((b for b in biases if b), None)
+    bias = next((b for b in biases if b), None)
     names = tuple(n for n in ((None if key == bias else key), bias) if n)
     shapes = tuple(tuple(chosen[n].shape) for n in names)
-    name = key.rpartition(".")[0] or key
-    if key.rpartition(".")[2] not in ("weight", "bias"):
-        name = key
-    weight = chosen[key]
-    if not ops & MATRIX:
-        if len(ops) > 1:
-            return None, None, f"used by {' and '.join(sorted(ops))}"
-        return vector_block(name, ops.pop(), None if key == bias else key, bias, shapes), layout, ""
-    extra = int(bias is not None)
+    module, _, last = key.rpartition(".")
+    name = module if module and last in ("weight", "bias") else key
+    if ops & MATRIX:
+        block = _matrix_block(name, key, bias, shapes, chosen[key], calls)
+    else:
+        block = vector_block(name, min(ops), None if key == bias else key, bias, shapes) if len(ops) == 1 else None
+    return block, layouts.pop(), "" if block else f"used by {' and '.join(sorted(ops))}"
+
+
+def _matrix_block(
+    name: str, key: str, bias: str | None, shapes: tuple[tuple[int, ...], ...], weight: Tensor, calls: Sequence[Use]
+) -> Block | None:
+    ops, extra = {a.op for _, a, _ in calls}, int(bias is not None)
     if ops == {"embedding"}:
-        return Block(name, "embedding", "embedding", "embedding", 1, weight.shape[1], weight.shape[0], key, None, shapes), layout, ""
-    if ops == {"conv"}:
-        groups = {int(a.options["groups"]) for _, a, _ in calls}
-        if len(groups) == 1:
-            g = groups.pop()
-            width = int(weight[0].numel()) + extra
-            return Block(name, "conv", "conv", "kronecker", g, weight.shape[0] // g, width, key, bias, shapes), layout, ""
+        return Block(name, "embedding", "embedding", "embedding", 1, weight.shape[1], weight.shape[0], key, None, shapes)
     if ops == {"addmm"}:
-        return Block(name, "linear", "transposed", "kronecker", 1, weight.shape[1], weight.shape[0] + extra, key, bias, shapes), layout, ""
+        return Block(name, "linear", "transposed", "kronecker", 1, weight.shape[1], weight.shape[0] + extra, key, bias, shapes)
     if ops <= {"linear", "embedding"}:
         kind = "linear" if ops == {"linear"} else "tied linear and embedding"
-        return Block(name, kind, "linear", "kronecker", 1, weight.shape[0], weight.shape[1] + extra, key, bias, shapes), layout, ""
-    return None, None, f"used by {' and '.join(sorted(ops))}"
+        return Block(name, kind, "linear", "kronecker", 1, weight.shape[0], weight.shape[1] + extra, key, bias, shapes)
+    groups = {int(a.options.get("groups", 0)) for _, a, _ in calls}
+    if ops == {"conv"} and len(groups) == 1:
+        g = groups.pop()
+        return Block(name, "conv", "conv", "kronecker", g, weight.shape[0] // g, int(weight[0].numel()) + extra, key, bias, shapes)
+    return None
 
 
 def _layout(few: Call, more: Call) -> Layout | None:
     a, b = few.output, more.output
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     if a.ndim != b.ndim:
         return None
     axes = [d for d in range(a.ndim) if a.shape[d] != b.shape[d]]
@@ -198,11 +206,11 @@ def _layout(few: Call, more: Call) -> Layout | None:
     if (a.shape[d], b.shape[d]) == (2, 3):
         # A scale or shift along the batch axis itself would be shared by position in the batch.
         reach = few.weight.ndim if few.weight is not None and few.op in ("scale", "shift") and not few.options.get("channels") else 0
-        return Layout(d) if d < a.ndim - reach or few.weight is None or few.weight.shape[d - a.ndim] == 1 and d == 0 else None
+        return Layout(d) if d < a.ndim - reach or few.weight is None or (few.weight.shape[d - a.ndim] == 1 and d == 0) else None
     return Layout(0, folded=True) if d == 0 and a.shape[0] * 3 == b.shape[0] * 2 and few.op in ("addmm", "linear") else None
 
 
-def _direct(chosen: dict[str, Tensor], name: str, why: str) -> Block:
+def _direct(chosen: Mapping[str, Tensor], name: str, why: str) -> Block:
     reason = f"one example at a time: {why if ' ' in why else f'used by {why}'}"
     return vector_block(name, "direct", name, None, (tuple(chosen[name].shape),), direct=True, reason=reason)
 
@@ -214,7 +222,9 @@ def _verify(attributed: Attributed, batch: Batch) -> Attributed:
     tape = attributed.tape(batch)
     together = problem.likelihood.loss(tape.outputs.detach(), batch.targets)
     if together.shape != (2,):
-        raise InputError(f"the loss must be one number per example, shape (2,) for a batch of 2, got {tuple(together.shape)}; do not average it")
+        raise InputError(
+            f"the loss must be one number per example, shape (2,) for a batch of 2, got {tuple(together.shape)}; do not average"
+        )
     measured = problem.measurement(tape.outputs.detach(), batch.targets)
     if measured.shape != (2,):
         raise InputError(f"the measurement must be one number per example, shape (2,) for a batch of 2, got {tuple(measured.shape)}")
@@ -236,14 +246,17 @@ def _verify(attributed: Attributed, batch: Batch) -> Attributed:
         if error <= tolerance:
             blocks.append(checked)
         elif block.direct:
-            raise InputError(f"{block.name} has no per-example gradient ({block.reason}; it differs by {error:.1e} in a batch); put it in `exclude`")
+            raise InputError(
+                f"{block.name} has no per-example gradient ({block.reason}; in a batch it differs by {error:.1e}); `exclude` it"
+            )
         else:
             parameters = dict(attributed.model.named_parameters())
             why = f"its captured gradient differs from autograd's by {error:.1e}"
             blocks += [_direct(parameters, name, why) for name in block.parameters]
     again = replace(attributed, blocks=tuple(blocks))
-    return again if len(blocks) == len(attributed.blocks) and all(a.direct == b.direct for a, b in zip(blocks, attributed.blocks, strict=True)) \
-        else _verify(again, batch)
+    # A block that became direct is itself to be verified.
+    changed = sum(b.direct for b in blocks) != sum(b.direct for b in attributed.blocks)
+    return _verify(again, batch) if changed else again
 
 
 def _single(attributed: Attributed, batch: Batch) -> tuple[float, dict[str, Tensor]]:
@@ -251,10 +264,8 @@ def _single(attributed: Attributed, batch: Batch) -> tuple[float, dict[str, Tens
     parameters = dict(attributed.model.named_parameters())
     with torch.enable_grad():
         loss = attributed.problem.likelihood.loss(attributed.problem.predict(attributed.model, batch), batch.targets)
-        found = torch.autograd.grad(loss.sum(), [parameters[n] for n in names], allow_unused=True)
-    return float(loss.detach().sum()), {
-        n: torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, found, strict=True)
-    }
+        found: Sequence[Tensor | None] = torch.autograd.grad(loss.sum(), [parameters[n] for n in names], allow_unused=True)
+    return float(loss.detach().sum()), {n: torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
 
 def example_gradients(block: Block, pairs: Sequence[Pair]) -> Tensor:

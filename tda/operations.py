@@ -193,10 +193,12 @@ def vector_gradient(call: Call, gradient: Tensor, layout: Layout, batch: int) ->
     else:
         shape = next(t.shape for t in (call.weight, call.bias) if t is not None)
         channels = call.op in ("group_norm", "batch_norm")  # their parameters lie along axis 1, not along the last ones
-        for tensor, each in ((call.weight, lambda: gradient * call.options["normal"](call.input.detach())), (call.bias, lambda: gradient)):
-            if tensor is not None:
-                value = each()
-                parts.append(value.flatten(2).sum(2) if channels and value.ndim > 2 else _reduce(value, shape, layout, batch))
+        rows = []
+        if call.weight is not None:
+            rows.append(gradient * call.options["normal"](call.input.detach()))
+        if call.bias is not None:
+            rows.append(gradient)
+        parts = [row.flatten(2).sum(2) if channels and row.ndim > 2 else _reduce(row, shape, layout, batch) for row in rows]
     return torch.cat([p.reshape(batch, -1) for p in parts], 1)
 
 

@@ -50,7 +50,8 @@ class Problem(ABC):
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """Outputs (batch, classes) or (batch, tokens, vocabulary); by default model(inputs), model(**inputs) for a dict of inputs."""
-        return model(**batch.inputs) if isinstance(batch.inputs, dict) else model(batch.inputs)
+        outputs: Tensor = model(**batch.inputs) if isinstance(batch.inputs, dict) else model(batch.inputs)
+        return outputs
 
     def measurement(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """f_q per query, shape (batch,): the loss unless overridden (then say `better = "higher"` where more is better)."""
@@ -96,7 +97,9 @@ def load_problem(spec: str, options: dict[str, Any] | None = None) -> Problem:
     kind = _problem_class(spec)
     missing = sorted(getattr(kind, "__abstractmethods__", ()))
     if missing:
-        raise InputError(f"problem {spec!r}: {kind.__name__} lacks the required method{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+        raise InputError(
+            f"problem {spec!r}: {kind.__name__} lacks the required method{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        )
     if not hasattr(kind, "likelihood"):
         raise InputError(f"problem {spec!r}: {kind.__name__} has no `likelihood`; add e.g. likelihood = tda.Categorical()")
     try:

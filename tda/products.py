@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,12 +30,13 @@ def onednn_keeps_float32() -> bool:
 
 @contextmanager
 def _matmul_precision(value: str) -> Iterator[None]:
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = value
+    settings: Any = torch.backends.mkldnn
+    before = settings.matmul.fp32_precision
+    settings.matmul.fp32_precision = value
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        settings.matmul.fp32_precision = before
 
 
 @contextmanager

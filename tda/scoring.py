@@ -35,8 +35,11 @@ class Scorer:
 
 @dataclass(frozen=True)
 class ShardScores:
-    """influence (method, query, train); self_influence (method, train): each example's effect on its own loss, or None;
-    loss (train,); mass (method, block): sum of |score| by block, from which the layers' shares are taken."""
+    """Scores of one shard.
+
+    influence (method, query, train); self_influence (method, train): each example's effect on its own loss, or None; loss (train,);
+    mass (method, block): sum of |score| by block, from which the layers' shares are taken.
+    """
 
     influence: Tensor
     self_influence: Tensor | None
@@ -60,10 +63,9 @@ def score(
     influence[q, i] = (1/N) <V_q, grad l_i>: the change of measurement q predicted from adding example i to the training objective with
     weight 1/N. Cosine methods are divided by the norms instead. Raises InputError naming an example whose loss is not finite.
     """
-    found = []
     with fast_float32():
-        for part in batches(ids, batch_size):
-            found.append(_score_batch(attributed, scorers, dataset, part, examples, products, self_influence))
+        parts = batches(ids, batch_size)
+        found = [_score_batch(attributed, scorers, dataset, part, examples, products, self_influence) for part in parts]
     selves = [f.self_influence for f in found if f.self_influence is not None]
     return ShardScores(
         torch.cat([f.influence for f in found], 2),
@@ -174,5 +176,6 @@ def self_products(block: Block, factor: Factor | None, method: Method, pairs: Se
         left, right = (side[:, :, 0].square() for side in rotate_rows(factor, pairs[0], products))
         return (matmul(left, inverse, products) * right).sum((0, 2))
     if block.form == "embedding":
-        return torch.stack([(rows.square() * inverse[0][:, ids].T).sum() for rows, ids in merged_embedding(factor, pairs, block.in_, products)])
+        merged = merged_embedding(factor, pairs, products)
+        return torch.stack([(rows.square() * inverse[0][:, ids].T).sum() for rows, ids in merged])
     return torch.stack([(g.square() * inverse).sum() for g in rotated_gradients(block, factor, pairs, products)])

@@ -17,7 +17,7 @@ def batch_size(blocks: Sequence[Block], *, itemsize: int) -> int:
     """Examples per forward pass: a power of two whose rows (with two copies for the graph and the rotation) fit BATCH_BYTES."""
     rows = sum(3 * b.positions * b.groups * (b.out + (b.in_ if b.form != "embedding" else 1)) for b in blocks)
     fitting = BATCH_BYTES // max(itemsize * rows, 1)
-    return 2 ** max(0, min(10, int(math.log2(max(fitting, 1)))))
+    return 1 << max(0, min(10, int(math.log2(max(fitting, 1)))))
 
 
 def shard_size(examples: int) -> int:

@@ -38,9 +38,9 @@ def covariance_sums(
             batch = attributed.load(dataset, part)
             tape = attributed.tape(batch)
             for output_gradient, first, last in seeds(attributed.problem, tape, batch, part, fisher, seed):
-                for block, total, pairs in zip(attributed.blocks, sums, tape.pairs(output_gradient, last=last), strict=True):
+                for total, pairs in zip(sums, tape.pairs(output_gradient, last=last), strict=True):
                     for pair in pairs:
-                        _add(block, total, pair, first, products)
+                        _add(total, pair, first, products)
     for block, total in zip(attributed.blocks, sums, strict=True):
         for matrix, rotated in ((total.out, block.rotates_out), (total.in_, block.rotates_in)):
             if rotated:
@@ -55,7 +55,7 @@ def _zeros(block: Block, dtype: torch.dtype) -> Covariance:
     return Covariance(side(block.out, block.rotates_out), side(block.in_, block.rotates_in), torch.zeros((), dtype=torch.float64))
 
 
-def _add(block: Block, total: Covariance, pair: Pair, first: bool, products: Products) -> None:
+def _add(total: Covariance, pair: Pair, first: bool, products: Products) -> None:
     if first or pair.gradient == "left":
         _add_side(total.out, pair.left, pair.mask, products)
     if first or pair.gradient == "right":

@@ -96,7 +96,7 @@ def _add_squares(block: Block, factor: Factor, total: Tensor, pairs: Sequence[Pa
         left, right = rotate_rows(factor, pairs[0], products)
         total += matmul(left[:, :, 0].square().transpose(1, 2), right[:, :, 0].square(), products)
     elif block.form == "embedding":
-        for rows, ids in merged_embedding(factor, pairs, block.in_, products):
+        for rows, ids in merged_embedding(factor, pairs, products):
             total[0].index_add_(1, ids, rows.square().T)
     else:
         for rotated in rotated_gradients(block, factor, pairs, products):
@@ -158,7 +158,7 @@ def rotated_gradients(block: Block, factor: Factor, pairs: Sequence[Pair], produ
         yield gradient if early else rotate(factor, gradient[None], products=products)[0]
 
 
-def merged_embedding(factor: Factor, pairs: Sequence[Pair], vocabulary: int, products: Products = "full") -> Any:
+def merged_embedding(factor: Factor, pairs: Sequence[Pair], products: Products = "full") -> Any:
     """For each example of an embedding's pairs: the rotated rows (distinct ids, out) summed over its equal ids, and these ids."""
     rotated = [rotate_rows(factor, pair, products)[0][0] for pair in pairs]
     rows, ids = torch.cat(rotated, 1), torch.cat([pair.right for pair in pairs], 1)

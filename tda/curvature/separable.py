@@ -22,7 +22,9 @@ def separable_direction(block: Block, factor: Factor, gradient: Direction, dampi
     """
     if not isinstance(gradient, Factored) or gradient.rank != 1 or block.groups != 1 or block.structure != "kronecker":
         return None
-    assert factor.basis_out is not None and factor.basis_in is not None and factor.eigenvalues is not None
+    assert factor.basis_out is not None
+    assert factor.basis_in is not None
+    assert factor.eigenvalues is not None
     left, right = gradient.left[:, 0, 0] @ factor.basis_out[0], gradient.right[:, 0, 0] @ factor.basis_in[0]
     inverse = inverse_eigenvalues(factor, "ekfac", damping)[0].double()
     # A score's error is sum_ab E_ab D'_q,ab D'_i,ab: E is weighed by the queries' and the training examples' second moments.

@@ -51,7 +51,7 @@ def parse_all(tables: Sequence[dict[str, Any]]) -> list[Method]:
     labels = [method.title for method in methods]
     for label in labels:
         if labels.count(label) > 1:
-            raise InputError(f"two methods are labelled {label!r}; give one of them its own label = \"...\"")
+            raise InputError(f'two methods are labelled {label!r}; give one of them its own label = "..."')
     return methods
 
 

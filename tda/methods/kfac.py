@@ -13,8 +13,8 @@ from tda.curvature.eigen import Factor
 from tda.curvature.fisher import Fisher
 from tda.curvature.inverse import Damping, damping_value, inverse_eigenvalues
 from tda.directions import Dense, Direction, take
-from tda.methods.precondition import precondition
 from tda.methods.method import Method
+from tda.methods.precondition import precondition
 from tda.products import Products
 
 #: Queries preconditioned at a time: bounds the temporary matrices.

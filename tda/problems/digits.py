@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class Digits(tda.Problem):
         """Linear layers with ReLU between them: 64 -> width x depth -> 10."""
         widths = [64, *[self.width] * self.depth]
         layers: list[nn.Module] = []
-        for into, out in zip(widths[:-1], widths[1:], strict=True):
+        for into, out in pairwise(widths):
             layers += [nn.Linear(into, out), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
 
@@ -73,4 +74,5 @@ class Digits(tda.Problem):
     def describe(self, split: str, i: int) -> np.ndarray:
         """The image (8, 8), dark ink on white, as bytes."""
         image = self._split[0 if split == "train" else 1][i].reshape(8, 8)
-        return (255 - image * (255 / 16)).astype(np.uint8)
+        shown: np.ndarray = (255 - image * (255 / 16)).astype(np.uint8)
+        return shown
