@@ -107,8 +107,8 @@ def to_matrix(block: Block, tensors: dict[str, Tensor]) -> Tensor:
     weight = tensors[block.weight] if block.weight else None
     bias = tensors[block.bias] if block.bias else None
     if block.form == "vector":
-        parts = [t.flatten(t.ndim - len(s)) for t, s in zip([t for t in (weight, bias) if t is not None], block.shapes, strict=True)]
-        parts = [p if s else p.unsqueeze(-1) for p, s in zip(parts, block.shapes, strict=True)]
+        each = [t for t in (weight, bias) if t is not None]
+        parts = [t.reshape(*t.shape[: t.ndim - len(s)], -1) for t, s in zip(each, block.shapes, strict=True)]
         return torch.cat(parts, -1)[..., None, :, None]
     assert weight is not None
     lead = weight.shape[: weight.ndim - len(block.shapes[0])]
