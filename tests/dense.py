@@ -287,7 +287,7 @@ def eigenbasis(passes: Passes, block: Block) -> tuple[Tensor, Tensor]:
     """Eigenvectors U_S (o, o) and U_A (j, j) in columns; an embedding's one-hot inputs keep the identity as U_A."""
     S, A = factors(passes, block)
     U_A = torch.eye(len(A), dtype=A.dtype) if block.kind == "embedding" else torch.linalg.eigh(A)[1]
-    return torch.linalg.eigh(S)[1], U_A
+    return torch.linalg.eigh(S)[1].contiguous(), U_A.contiguous()  # torch.kron views its factors
 
 
 def ekfac_eigenvalues(passes: Passes, block: Block) -> tuple[Tensor, Tensor]:
