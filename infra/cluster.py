@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from infra.settings import Settings
 
@@ -97,24 +97,27 @@ def run_shards(
     key = f"{stage}-{uuid.uuid4().hex[:8]}"
     futures = client.map(function, shards, key=[f"{key}-{i}" for i in range(len(shards))], pure=False, retries=retries)
     try:
-        _follow(client, futures, stage, on_done)
-        gathered: list[R] = client.gather(futures)
+        return _collect(client, futures, stage, on_done)
     except BaseException:  # a failed shard, or Ctrl-C: what has not started need not start
         client.cancel(futures)
         raise
-    return gathered
 
 
-def _follow(client: "Client", futures: "list[Future]", stage: str, on_done: Callable[[int], None] | None) -> None:
+def _collect(client: "Client", futures: "list[Future]", stage: str, on_done: Callable[[int], None] | None) -> list[Any]:
     from distributed import as_completed
 
     positions = {future.key: i for i, future in enumerate(futures)}
+    results: list[Any] = [None] * len(futures)
     for future in as_completed(futures, loop=client.loop):
         position = positions[future.key]
-        if future.status != "finished":
-            raise ShardFailed(stage, position, _cause(future))
+        try:
+            # Not by future.status: a result is lost when its worker dies before it is fetched, and is then computed again.
+            results[position] = future.result()
+        except Exception as error:
+            raise ShardFailed(stage, position, error) from error
         if on_done is not None:
             on_done(position)
+    return results
 
 
 @contextmanager
@@ -192,11 +195,6 @@ def _quiet_log() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-def _cause(future: "Future") -> BaseException:
-    error = future.exception()
-    return error if isinstance(error, BaseException) else RuntimeError("cancelled by the scheduler")
 
 
 def _describe(cause: BaseException) -> str:

@@ -56,6 +56,11 @@ def always_dies(x: int) -> int:
     return x
 
 
+def dies_late(folder: str) -> str:
+    time.sleep(0.3)  # by then the quick shards are done, here or on the other worker
+    return dies_once(folder)
+
+
 def environment(_: int) -> dict[str, str]:
     return dict(os.environ)
 
@@ -92,8 +97,16 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(client: Client, tmp_path
     assert run_shards(client, dies_once, [str(tmp_path)], stage="fit") == ["alive"]
 
 
+def test_results_of_a_worker_that_dies_later_are_not_lost(client: Client, tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / str(i)).mkdir()
+    folders = [str(tmp_path / str(i % 3)) for i in range(8)]
+    assert run_shards(client, dies_late, folders, stage="fit") == ["alive"] * 8
+
+
 def test_a_shard_that_kills_every_worker_is_told_apart(client: Client) -> None:
-    with pytest.raises(ShardFailed, match=r"stage 'fit', shard 1: every worker that ran it died \(out of memory"):
+    # Dask may blame a shard that waited on the same worker.
+    with pytest.raises(ShardFailed, match=r"stage 'fit', shard [0-2]: every worker that ran it died \(out of memory"):
         run_shards(client, always_dies, range(3), stage="fit")
     assert run_shards(client, slow_square, [2], stage="after") == [4], "the cluster survives it"
 
