@@ -39,12 +39,19 @@ lint: .venv/.dev ## ruff, mypy --strict, import contracts
 unit: .venv/.dev ## the tests alone
 	$(BIN)/python -m pytest
 
-bench: .venv/.dev ## measures against peers (minutes)
+# What the benchmarks compare with lives apart, so that it can never be imported by accident.
+.venv-peers/.done: pyproject.toml constraints.txt | .venv/.run
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/uv pip install --quiet --python .venv-peers/bin/python --constraint constraints.txt --editable '.[peers]'
+	@touch $@
+
+bench: .venv/.dev .venv-peers/.done ## measures against peers (minutes)
 	$(BIN)/python -m pytest -m bench tests/benchmarks
 
 soak: .venv/.dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m soak
 
 clean: ## removes what can be made again; ./store stays
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-peers build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
