@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tda.blocks import Block, Pair, to_matrix
-from tda.operations import BINDERS, MATRIX, Call, Layout, conv_rows, embedding_rows, linear_rows, vector_gradient
+from tda.operations import BINDERS, MATRIX, Call, Layout, conv_rows, embedding_ids, embedding_rows, linear_rows, vector_gradient
 from tda.problem import Batch, Problem
 
 
@@ -129,6 +129,9 @@ class Tape:
         else:
             left, right = linear_rows(call, gradient, layout, self.size)
         mask = self._mask if self._mask is not None and self._mask.shape[1] == left.shape[2] else None
+        if call.op == "embedding" and call.options["padding_idx"] is not None:  # the padding index uses no parameter: it is no position
+            real = embedding_ids(call, layout, self.size) != call.options["padding_idx"]
+            mask = real if mask is None else mask & real
         return Pair(left, right, side, mask)
 
     def _direct(self, block: Block, seed: Tensor) -> Pair:

@@ -144,14 +144,18 @@ def conv_rows(call: Call, gradient: Tensor, layout: Layout, batch: int) -> tuple
     """left (groups, batch, pixels, out / groups), right (groups, batch, pixels, in / groups * kernel [+ 1])."""
     assert call.weight is not None
     groups, kernel = int(call.options["groups"]), call.weight.shape[2:]
-    patches = _patches(call.input.detach(), kernel, call.options)  # (batch, pixels, channels, kernel)
-    right = patches.reshape(batch, patches.shape[1], groups, -1).permute(2, 0, 1, 3)
-    left = gradient.flatten(2).view(batch, groups, -1, patches.shape[1]).permute(1, 0, 3, 2)
-    return left, right if call.bias is None else with_ones(right)
+    patches = _patches(call.input.detach(), kernel, call.options)  # (batch, *pixels, channels, *kernel), not yet copied
+    pixels, features = patches.shape[1 : 1 + len(kernel)], patches.shape[1 + len(kernel)] // groups * int(kernel.numel())
+    right = patches.new_empty(batch, *pixels, groups, features + int(call.bias is not None))
+    right[..., :features].unflatten(-1, (-1, *kernel)).copy_(patches.unflatten(1 + len(kernel), (groups, -1)))
+    if call.bias is not None:
+        right[..., features] = 1
+    right = right.flatten(1, len(kernel)).permute(2, 0, 1, 3)
+    return gradient.flatten(2).view(batch, groups, -1, right.shape[2]).permute(1, 0, 3, 2), right
 
 
 def _patches(x: Tensor, kernel: torch.Size, options: dict[str, Any]) -> Tensor:
-    """im2col by strides, so that a single copy is made: (batch, pixels, channels, kernel entries) in the order of the weight."""
+    """im2col as a view by strides: (batch, *pixels, channels, *kernel), features in the order of the weight."""
     dims = len(kernel)
 
     def each(value: Any) -> tuple[int, ...]:
@@ -169,18 +173,22 @@ def _patches(x: Tensor, kernel: torch.Size, options: dict[str, Any]) -> Tensor:
     sizes = [(n - span - 1) // st + 1 for n, span, st in zip(x.shape[2:], spans, stride, strict=True)]
     b, c, *space = x.stride()
     strides = [b, *(s * st for s, st in zip(space, stride, strict=True)), c, *(s * d for s, d in zip(space, dilation, strict=True))]
-    view = x.as_strided([x.shape[0], *sizes, x.shape[1], *kernel], strides)
-    return view.reshape(x.shape[0], int(torch.Size(sizes).numel()), x.shape[1], -1)
+    return x.as_strided([x.shape[0], *sizes, x.shape[1], *kernel], strides)
 
 
 def embedding_rows(call: Call, gradient: Tensor, layout: Layout, batch: int) -> tuple[Tensor, Tensor]:
     """left (1, batch, positions, width): the output gradient, zero at the padding index; right: ids (batch, positions)."""
-    ids = call.input if call.input.shape[0] != 1 or batch == 1 else call.input.expand(batch, *call.input.shape[1:])
-    ids = ids.movedim(layout.axis, 0).reshape(batch, -1) if not layout.folded else ids.reshape(batch, -1)
+    ids = embedding_ids(call, layout, batch)
     left = position_rows(gradient, layout, batch)
     if call.options["padding_idx"] is not None:
         left = left.masked_fill((ids == call.options["padding_idx"])[..., None], 0.0)
     return left[None], ids
+
+
+def embedding_ids(call: Call, layout: Layout, batch: int) -> Tensor:
+    """The ids that an embedding was called with, (batch, positions)."""
+    ids = call.input if call.input.shape[0] != 1 or batch == 1 else call.input.expand(batch, *call.input.shape[1:])
+    return ids.reshape(batch, -1) if layout.folded else ids.movedim(layout.axis, 0).reshape(batch, -1)
 
 
 def vector_gradient(call: Call, gradient: Tensor, layout: Layout, batch: int) -> Tensor:

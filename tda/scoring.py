@@ -178,4 +178,4 @@ def self_products(block: Block, factor: Factor | None, method: Method, pairs: Se
     if block.form == "embedding":
         merged = merged_embedding(factor, pairs, products)
         return torch.stack([(rows.square() * inverse[0][:, ids].T).sum() for rows, ids in merged])
-    return torch.stack([(g.square() * inverse).sum() for g in rotated_gradients(block, factor, pairs, products)])
+    return torch.cat([(g.square() * inverse).flatten(1).sum(1) for g in rotated_gradients(block, factor, pairs, products)])

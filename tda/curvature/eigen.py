@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from tda.data import batches
 from tda.modules import Attributed
 from tda.products import Products, fast_float32, matmul
 
+#: Rotated gradients are made for so many entries at a time: a megabyte in float32.
+CACHED = 1 << 18
 #: Matrices with at least this many entries are multiplied from the left one by one; smaller ones are laid side by side first.
 LARGE = 1 << 14
 
@@ -100,7 +102,10 @@ def _add_squares(block: Block, factor: Factor, total: Tensor, pairs: Sequence[Pa
             total[0].index_add_(1, ids, rows.square().T)
     else:
         for rotated in rotated_gradients(block, factor, pairs, products):
-            total.addcmul_(rotated, rotated)
+            if len(rotated) == 1:
+                total.addcmul_(rotated[0], rotated[0])
+            else:
+                total += rotated.square_().sum(0)
 
 
 def rotate_rows(factor: Factor, pair: Pair, products: Products = "full") -> tuple[Tensor, Tensor]:
@@ -145,20 +150,22 @@ def _left(basis: Tensor, matrix: Tensor, products: Products) -> Tensor:
     return result
 
 
-def rotated_gradients(block: Block, factor: Factor, pairs: Sequence[Pair], products: Products = "full") -> Any:
-    """U_S^T D_i U_A, one example (groups, out, in) after the other: they stay in the cache while they are used."""
+def rotated_gradients(block: Block, factor: Factor, pairs: Sequence[Pair], products: Products = "full") -> Iterator[Tensor]:
+    """U_S^T D_i U_A, (examples, groups, out, in), as many examples at a time as stay in the cache while they are used."""
     positions = sum(pair.positions for pair in pairs)
     early = rows_first(positions, block.out, block.in_)
     rows = [rotate_rows(factor, pair, products) if early else (pair.left, pair.right) for pair in pairs]
     if products == "bfloat16":
         rows = [(left.bfloat16(), right.bfloat16()) for left, right in rows]
-    for b in range(pairs[0].left.shape[1]):
-        parts = [matmul(left[:, b].transpose(1, 2), right[:, b], products) for left, right in rows]
+    step = max(1, CACHED // block.size)
+    for start in range(0, pairs[0].left.shape[1], step):
+        some = slice(start, start + step)
+        parts = [matmul(left[:, some].transpose(2, 3), right[:, some], products).transpose(0, 1) for left, right in rows]
         gradient = sum(parts[1:], start=parts[0])
-        yield gradient if early else rotate(factor, gradient[None], products=products)[0]
+        yield gradient if early else rotate(factor, gradient, products=products)
 
 
-def merged_embedding(factor: Factor, pairs: Sequence[Pair], products: Products = "full") -> Any:
+def merged_embedding(factor: Factor, pairs: Sequence[Pair], products: Products = "full") -> Iterator[tuple[Tensor, Tensor]]:
     """For each example of an embedding's pairs: the rotated rows (distinct ids, out) summed over its equal ids, and these ids."""
     rotated = [rotate_rows(factor, pair, products)[0][0] for pair in pairs]
     rows, ids = torch.cat(rotated, 1), torch.cat([pair.right for pair in pairs], 1)
