@@ -206,7 +206,7 @@ LAYERS = {
 
 
 def padding(mode: str, groups: int) -> Layer:
-    return conv(lambda: nn.Conv2d(4, 4, 3, stride=(1, 2), padding=(1, 2), padding_mode=mode, groups=groups), 4, 4, 4, 5, groups=groups)
+    return conv(lambda: nn.Conv2d(4, 4, 3, stride=(1, 2), padding=(1, 2), padding_mode=mode, groups=groups), 4, 4, 5, 5, groups=groups)
 
 
 LAYERS |= {

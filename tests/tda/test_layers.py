@@ -13,9 +13,13 @@ from tests import dense
 from tests.tda.layers import LAYERS
 from tests.tda.pipeline import Given, attribute, relative
 
-TRAIN, QUERIES, SEED = 14, 3, 5
+TRAIN, QUERIES, SEED = 40, 3, 5
 #: Multiples of each layer's mean eigenvalue. At the least of them the inverse magnifies the smallest directions a million times.
 SHARES = (1e-6, 1e-3, 1e-1)
+#: Behind norms and attention the largest eigenvalue is 40 x the mean, so at 1e-6 the condition number is 4e7 and float64 itself keeps 1e-8.
+WHOLE = ("GPT-2", "GPT-NeoX", "TransformerEncoderLayer, sequence first")
+#: Labels drawn from the model differ from the data's in nothing but their values: shown where the drawing differs.
+SAMPLED = ("Linear", "Conv2d dilated", "Linear over masked tokens", "LayerNorm", "Embedding", "Embedding tied to Linear", "GPT-NeoX")
 
 
 def class_loss(outputs, targets):
@@ -55,17 +59,30 @@ def record(layer, model, problem, fisher):
 
 
 def masked(passes, problem, block):
-    """Masks count for the blocks that have as many positions as the mask."""
-    if not (block.structured and isinstance(problem.train[0][0], dict)):
+    """Masked positions, and an embedding's padding, are no positions of a layer: neither factor counts them."""
+    if not block.structured or block.kind == "tied":
         return passes
-    if len(dense.activations(passes.model, block, passes.data[0])) == 1:
-        return passes
-    marks = [inputs["attention_mask"] for inputs, _ in problem.train]
-    return replace(passes, data=[replace(one, mask=mark) for one, mark in zip(passes.data, marks, strict=True)])
+    if block.kind == "embedding":
+        padding = passes.model.get_submodule(block.names[0]).padding_idx
+        return passes if padding is None else without(passes, block, [one.inputs[block.names[0]][0][0] != padding for one in passes.data])
+    if isinstance(problem.train[0][0], dict) and len(dense.activations(passes.model, block, passes.data[0])) > 1:
+        return without(passes, block, [inputs["attention_mask"] for inputs, _ in problem.train])
+    return passes
+
+
+def without(passes, block, marks):
+    """The passes with only the marked positions of a block."""
+    (name,), each = block.names, len(passes.fisher) // len(passes.data)
+    data = [replace(one, mask=mark) for one, mark in zip(passes.data, marks, strict=True)]
+    fisher = [
+        replace(one, outputs=one.outputs | {name: [one.outputs[name][0] * marks[i // each][None, :, None]]})
+        for i, one in enumerate(passes.fisher)
+    ]
+    return replace(passes, data=data, fisher=fisher)
 
 
 def tied_factors(passes, block):
-    """Rows of both uses pooled. Of the head: s = output gradient, a = input; of the embedding: s = the token's unit vector, a = gradient."""
+    """Rows of both uses pooled. The head's: s = output gradient, a = input; the embedding's: s = the token's unit vector, a = gradient."""
     tokens, width = passes.model.get_submodule(block.names[0]).weight.shape
     S, A, positions = torch.zeros(tokens, tokens, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64), 0
     for one in passes.data:
@@ -156,7 +173,9 @@ def test_each_parameter_belongs_to_the_block_that_its_operation_calls_for(name):
     assert all(("one example at a time" in b.reason) == b.direct for b in attributed.blocks)
 
 
-CASES = [(name, fisher) for name, layer in LAYERS.items() for fisher in ("exact", "sampled", "empirical") if fisher != "exact" or not layer.tokens]
+CASES = [(name, "empirical") for name in LAYERS]
+CASES += [(name, "exact") for name, layer in LAYERS.items() if not layer.tokens]
+CASES += [(name, "sampled") for name in SAMPLED]
 
 
 @pytest.mark.parametrize(("name", "fisher"), CASES)
@@ -170,17 +189,21 @@ def test_directions_and_scores_are_those_of_dense_inverses_and_plain_gradient_pr
     outcome = attribute(problem, [{"name": "graddot"}, *methods], batch_size=5, cuts=(6,), seed=SEED)
     graddot = outcome.influence[0]
     assert relative(graddot, dense.influence(passes, layer.blocks, "graddot")) < 1e-9
-    for m, (_, directions, scores) in enumerate(wanted.values(), start=1):
+    for m, ((_, share), (_, directions, scores)) in enumerate(wanted.items(), start=1):
+        tolerance = 1e-7 if name in WHOLE and share < 1e-3 else 1e-9
         for found, truth in zip(outcome.directions[m], directions, strict=True):
-            assert relative(found.reshape(truth.shape), truth) < 1e-9
-        assert relative(outcome.influence[m], scores) < 1e-9
+            assert relative(found.reshape(truth.shape), truth) < tolerance
+        assert relative(outcome.influence[m], scores) < tolerance
         best = graddot * ((graddot * scores).sum() / graddot.square().sum())
         assert relative(best, scores) > 1e-3
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_float32_agrees_with_dense_float64(name):
-    """At damping 1e-1 of the mean eigenvalue; float32 keeps 1e-7 x the condition number, which at 1e-6 leaves nothing to compare."""
+    """At damping 1e-1 of the mean eigenvalue: float32 keeps 1e-7 x the condition number, which at 1e-6 leaves nothing to compare.
+
+    Two nearly equal eigenvalues of a Kronecker factor would do the same to EK-FAC: its basis turns by 1e-7 / their relative distance.
+    """
     layer = LAYERS[name]
     model = layer.build()
     problem = problem_of(layer, model)
