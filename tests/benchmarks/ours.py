@@ -1,0 +1,164 @@
+"""Time our EK-FAC on a fixed case, as peer_kronfluence.py times theirs.
+
+    python -m tests.benchmarks.ours --case D --threads 1
+
+Prints one JSON line: fit_seconds, score_seconds, peak_rss_mb, start_rss_mb as there, and the floating-point operations (10^9) of the
+matrix products and convolutions that the algorithm needs, counted in a second, untimed pass with --count.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import tda
+from tda import sizes
+from tda.curvature.fit import fit_factors
+from tda.directions import query_gradients
+from tda.methods import EKFAC
+from tda.modules import Attributed, inspect
+from tda.products import fast_float32
+from tda.scoring import Scorer, score
+from tests import cases
+
+TRACKED = ("*.query_key_value", "*.dense", "*.dense_h_to_4h", "*.dense_4h_to_h")
+
+
+class Examples:
+    """Two tensors as a map-style dataset."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[i], self.targets[i]
+
+
+class CaseProblem(tda.Problem):
+    """A fixed case. Tokens are labelled with the token that follows; the last has no label."""
+
+    def __init__(self, case: cases.Case, limit: int | None = None) -> None:
+        self.case, self.limit = case, limit
+        self.likelihood = tda.TokenCategorical() if case.name == "T" else tda.Categorical()
+
+    def model(self) -> torch.nn.Module:
+        return self.case.model
+
+    def train_data(self) -> Examples:
+        return self._examples(self.case.train_inputs[: self.limit], self.case.train_targets[: self.limit])
+
+    def query_data(self) -> Examples:
+        return self._examples(self.case.query_inputs, self.case.query_targets)
+
+    def _examples(self, inputs: Tensor, targets: Tensor) -> Examples:
+        if self.case.name == "T":
+            targets = torch.cat([targets[:, 1:], targets.new_full((len(targets), 1), -100)], 1)
+        return Examples(inputs, targets)
+
+
+def prepared(case: cases.Case, limit: int | None = None) -> tuple[Attributed, Examples, Examples]:
+    """The case cut into blocks, and its data."""
+    problem = CaseProblem(case, limit)
+    train = problem.train_data()
+    return inspect(problem, problem.model(), train, modules=TRACKED if case.name == "T" else ("*",)), train, problem.query_data()
+
+
+def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, float], Tensor]:
+    """Fit and score once; seconds and the scores (Q, N)."""
+    attributed, train, queries = prepared(case, options.sequences)
+    batch_size = options.batch_size or sizes.batch_size(attributed.blocks, itemsize=torch.finfo(attributed.dtype).bits // 8)
+    damping = "heuristic" if options.damping == "heuristic" else case.fix_damping
+    method = EKFAC(fisher=options.fisher, damping=damping, separable=options.separable)
+    products = options.products
+
+    def fit() -> list[Any]:
+        return fit_factors(attributed, train, fisher=options.fisher, batch_size=batch_size, products=products)
+
+    def scores(factors: list[Any]) -> Tensor:
+        gradients, values = query_gradients(attributed, queries, range(len(queries)), batch_size=batch_size)
+        directions = []
+        with fast_float32():
+            for block, factor in zip(attributed.blocks, factors, strict=True):
+                directions.append(method.direction(block, factor, gradients.pop(0), products))
+        scorer = Scorer(method, directions, factors, torch.ones_like(values))
+        ids = range(len(train))
+        found = score(attributed, [scorer], train, ids, examples=len(train), batch_size=batch_size, products=products, self_influence=False)
+        return found.influence[0]
+
+    if options.warm_up:
+        small, _, few = prepared(case, 4)
+        fit_factors(small, Examples(train.inputs[:4], train.targets[:4]), fisher=options.fisher, batch_size=4, products=products)
+        query_gradients(small, few, range(2), batch_size=2)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop})
+    start = peak_rss_mb()
+    fit_seconds, factors, fit_gflop = timed(fit, counter if options.count else None)
+    score_seconds, found, score_gflop = timed(lambda: scores(factors), counter if options.count else None)
+    seconds = {"fit_seconds": fit_seconds, "score_seconds": score_seconds, "peak_rss_mb": peak_rss_mb(), "start_rss_mb": start}
+    return seconds | ({"fit_gflop": fit_gflop, "score_gflop": score_gflop} if options.count else {}), found
+
+
+def _addmm_flop(_: Any, a: Any, b: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def timed(function: Callable[[], Any], counter: FlopCounterMode | None) -> tuple[float, Any, float]:
+    """Seconds, the result and, where a counter is given, the operations in 10^9."""
+    begin = time.perf_counter()
+    if counter is None:
+        result = function()
+        return time.perf_counter() - begin, result, 0.0
+    with counter:
+        result = function()
+    return time.perf_counter() - begin, result, counter.get_total_flops() / 1e9
+
+
+def peak_rss_mb() -> float:
+    """Highest resident memory so far, in 10^6 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=sorted(cases.FIX_DAMPING), required=True)
+    parser.add_argument("--cases", type=Path, help="folder of the cases; default: tests/data, and $TDA_CASES for T")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fisher", choices=["empirical", "sampled", "exact"], default="empirical")
+    parser.add_argument("--damping", choices=["heuristic", "fix"], default="heuristic")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--products", choices=["full", "bfloat16"], default="full")
+    parser.add_argument("--separable", type=float, default=0.0, help="relative error allowed for 1 / (Lambda + lambda) in separable form")
+    parser.add_argument("--sequences", type=int, help="only the first so many training examples")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--count", action="store_true", help="count operations; the timings are then meaningless")
+    parser.add_argument("--no-warm-up", dest="warm_up", action="store_false", help="time the first call of the process")
+    parser.add_argument("--save", type=Path, help="write the scores (Q, N) to this .npy file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Measure one setting and print the JSON line."""
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    case = cases.load_case(options.case, getattr(torch, options.dtype), options.cases)
+    measured, scores = measure(case, options)
+    if options.save:
+        np.save(options.save, scores.numpy())
+    settings = {key: getattr(options, key) for key in ("case", "threads", "fisher", "damping", "dtype", "products", "separable")}
+    print(json.dumps({"ours": "tda", **settings, "shape": list(scores.shape), **measured}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
