@@ -46,7 +46,7 @@ class Outcome:
     factors: dict[str, list[Factor]]
     directions: list[list[torch.Tensor]]
     influence: torch.Tensor
-    self_influence: torch.Tensor
+    self_influence: torch.Tensor | None
     mass: torch.Tensor
 
 
@@ -57,6 +57,7 @@ def attribute(
     batch_size: int = 5,
     cuts: Sequence[int] = (),
     seed: int = 0,
+    selves: bool = True,
     attributed: Attributed | None = None,
     factors: dict[str, list[Factor]] | None = None,
 ) -> Outcome:
@@ -75,13 +76,13 @@ def attribute(
         own = factors[row[0].fisher_kind] if row[0].fisher_kind else [None] * len(row)
         directions = [m.direction(b, f, g, "full") for m, b, f, g in zip(row, attributed.blocks, own, found, strict=True)]
         scorers.append(Scorer(row[0], directions, own, norms))
-    parts = [score(attributed, scorers, train, ids, examples=len(train), batch_size=batch_size, self_influence=True) for ids in shards]
+    parts = [score(attributed, scorers, train, ids, examples=len(train), batch_size=batch_size, self_influence=selves) for ids in shards]
     return Outcome(
         attributed,
         factors,
         [[dense(d) for d in s.directions] for s in scorers],
         torch.cat([p.influence for p in parts], 2),
-        torch.cat([p.self_influence for p in parts if p.self_influence is not None], 1),
+        torch.cat([p.self_influence for p in parts], 1) if selves else None,
         torch.stack([p.mass for p in parts]).sum(0),
     )
 
