@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tda.blocks import Block
 
 #: A batch's captured rows and their copies are kept below this.
-BATCH_BYTES = 64 << 20
+BATCH_BYTES = 128 << 20
 #: All directions of a query block are kept below this.
 DIRECTION_BYTES = 1 << 30
 

@@ -30,7 +30,7 @@ def separable_direction(block: Block, factor: Factor, gradient: Direction, dampi
     # A score's error is sum_ab E_ab D'_q,ab D'_i,ab: E is weighed by the queries' and the training examples' second moments.
     weight = (left.double().square().T @ right.double().square()) * factor.eigenvalues[0].double()
     most = max((block.out * block.in_ - 1) // (block.out + block.in_), 0)
-    u, v = _truncated(inverse, factor, weight, tolerance, most)
+    u, v = _truncated(inverse, weight, tolerance, most)
     if u is None or v is None:
         return None
     u, v = u.to(left.dtype), v.to(left.dtype)
@@ -39,12 +39,13 @@ def separable_direction(block: Block, factor: Factor, gradient: Direction, dampi
     return Factored(rows_out[:, :, None, :], rows_in[:, :, None, :])
 
 
-def _truncated(inverse: Tensor, factor: Factor, weight: Tensor, tolerance: float, most: int) -> tuple[Tensor | None, Tensor | None]:
+def _truncated(inverse: Tensor, weight: Tensor, tolerance: float, most: int) -> tuple[Tensor | None, Tensor | None]:
     """u (out, rank), v (in, rank) with u v^T ~ inverse; None where more than `most` terms are needed.
 
-    The singular value decomposition is of the inverse scaled by the K-FAC spectrum, which is what makes it nearly low rank.
+    The singular value decomposition is of the inverse scaled by the weights' marginals, which are nearly the K-FAC spectrum: it is this
+    scaling that makes the matrix nearly low rank, and the truncation nearly the best one for the scores.
     """
-    scale_out, scale_in = (_root(values[0]) for values in (factor.kfac_out, factor.kfac_in))
+    scale_out, scale_in = _root(weight.sum(1)), _root(weight.sum(0))
     left, values, right = torch.linalg.svd(scale_out[:, None] * inverse * scale_in, full_matrices=False)
     u, v = left * values / scale_out[:, None], right.T / scale_in[:, None]
     whole = (inverse.square() * weight).sum()
@@ -57,5 +58,4 @@ def _truncated(inverse: Tensor, factor: Factor, weight: Tensor, tolerance: float
 
 
 def _root(values: Tensor) -> Tensor:
-    values = values.double()
-    return values.clamp(min=float(values.max()) * 1e-8 + 1e-300).sqrt()
+    return values.clamp(min=float(values.max()) * 1e-16 + 1e-300).sqrt()

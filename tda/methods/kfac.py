@@ -17,8 +17,8 @@ from tda.methods.method import Method
 from tda.methods.precondition import precondition
 from tda.products import Products
 
-#: Queries preconditioned at a time: bounds the temporary matrices.
-CHUNK = 16
+#: Entries of query gradients preconditioned at a time: bounds the temporary matrices.
+CHUNK = 1 << 22
 
 
 class KFAC(Method):
@@ -54,8 +54,9 @@ class KFAC(Method):
         count = len(gradient.matrix if isinstance(gradient, Dense) else gradient.left)
         dtype = torch.bfloat16 if products == "bfloat16" else inverse.dtype
         matrix = torch.empty(count, *inverse.shape, dtype=dtype)
-        for k in range(0, count, CHUNK):
-            some = slice(k, k + CHUNK)
+        step = max(1, CHUNK // block.size)
+        for k in range(0, count, step):
+            some = slice(k, k + step)
             matrix[some] = precondition(factor, take(gradient, some), inverse, products)
         return Dense(matrix)
 
