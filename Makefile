@@ -1,7 +1,7 @@
 # make demo: attribute a real model, end to end.   make test: everything the tests need, then the tests.   make help: the rest.
 PYTHON ?= python3
 BIN := .venv/bin
-UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint unit bench soak clean
