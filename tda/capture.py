@@ -33,18 +33,20 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        used = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and id(x) in self._names]
-        nested = [x for a in args if isinstance(a, (list, tuple)) for x in a if isinstance(x, Tensor) and id(x) in self._names]
+        values = (*args, *kwargs.values())
+        used = [x for x in values if isinstance(x, Tensor) and id(x) in self._names]
+        nested = [x for v in values if isinstance(v, (list, tuple)) for x in v if isinstance(x, Tensor) and id(x) in self._names]
         if not used and not nested:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         call = BINDERS[name](*args, **kwargs) if name in BINDERS and not nested else None
         result = func(*args, **kwargs)
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad and id(leaf) not in self._names for leaf in tree_leaves(result)):
+            return result  # no gradient passes through this use: the values are only looked at
         if call is not None and self._covers(call, used):
             return self._record(call, result)
-        if any(isinstance(leaf, Tensor) and leaf is not used_ for leaf in tree_leaves(result) for used_ in (used or nested)[:1]):
-            for tensor in (*used, *nested):
-                self.unknown.setdefault(self._names[id(tensor)], name)
+        for tensor in (*used, *nested):
+            self.unknown.setdefault(self._names[id(tensor)], name)
         return result
 
     def _covers(self, call: Call, used: list[Tensor]) -> bool:

@@ -75,10 +75,14 @@ def inspect(
     parameters = dict(model.named_parameters())
     chosen, skipped = _select(parameters, modules, exclude)
     n = len(dataset)
-    pair, triple = (load_batch(problem, dataset, [i % n for i in range(k)], dtype=dtype) for k in (2, 3))
+    # The third example is the first again, so that padding to the longest of a batch changes no other axis.
+    pair, triple = (load_batch(problem, dataset, [i % n for i in ids], dtype=dtype) for ids in ((0, 1), (0, 1, 0)))
     few, more = (_record(problem, model, chosen, batch) for batch in (pair, triple))
     blocks, layouts = _classify(chosen, few, more)
     named = {name for block in blocks for name in block.parameters}
+    hidden = _hidden(problem, model, {name: tensor for name, tensor in chosen.items() if name not in named}, pair)
+    blocks += [_direct(chosen, name, "used out of sight of torch functions") for name in hidden]
+    named |= set(hidden)
     skipped += [Skipped(n, p.numel(), "not used in the forward pass") for n, p in chosen.items() if n not in named]
     order = {name: i for i, name in enumerate(parameters)}
     blocks.sort(key=lambda block: order[block.parameters[0]])
@@ -122,8 +126,22 @@ def _record(problem: Problem, model: nn.Module, chosen: dict[str, Tensor], batch
                 f"predict(model, batch) failed on a batch of {len(batch.targets)}: {type(error).__name__}: {str(error).splitlines()[0]}; "
                 "batch is (inputs, targets) as the dataset yields them"
             ) from error
+    if not isinstance(outputs, Tensor):
+        raise InputError(f"predict(model, batch) must return a tensor of outputs, got {type(outputs).__name__}; define Problem.predict")
     problem.likelihood.check(outputs.detach(), batch.targets)
     return recorder  # type: ignore[no-any-return]  # the mode's __enter__ is untyped
+
+
+def _hidden(problem: Problem, model: nn.Module, unseen: Mapping[str, Tensor], batch: Batch) -> list[str]:
+    """Which of the parameters that no torch function was seen to use have a gradient all the same, as in an autograd function."""
+    if not unseen:
+        return []
+    with torch.enable_grad():
+        outputs = problem.predict(model, batch)
+        if not outputs.requires_grad:
+            return []
+        found: Sequence[Tensor | None] = torch.autograd.grad(outputs.sum(), list(unseen.values()), allow_unused=True)
+    return [name for name, gradient in zip(unseen, found, strict=True) if gradient is not None]
 
 
 def _classify(chosen: dict[str, Tensor], few: Recorder, more: Recorder) -> tuple[list[Block], dict[str, Layout]]:
@@ -234,7 +252,8 @@ def _verify(attributed: Attributed, batch: Batch) -> Attributed:
         if abs(float(together[i]) - losses[i]) > tolerance * (1 + abs(losses[i])):
             raise InputError(
                 f"the loss of train example {i} is {losses[i]:.6g} alone and {float(together[i]):.6g} in a batch of 2: "
-                "it depends on the other examples (batch statistics?); use running statistics or per-example normalisation"
+                f"it depends on the other examples{_batch_statistics(attributed.model)}; "
+                "use running statistics or per-example normalisation"
             )
     scale = max(float(torch.sqrt(sum((g.square().sum() for g in t.values()), torch.zeros(())))) for t in truths)
     blocks = []
@@ -263,9 +282,24 @@ def _single(attributed: Attributed, batch: Batch) -> tuple[float, dict[str, Tens
     names = [n for block in attributed.blocks for n in block.parameters]
     parameters = dict(attributed.model.named_parameters())
     with torch.enable_grad():
-        loss = attributed.problem.likelihood.loss(attributed.problem.predict(attributed.model, batch), batch.targets)
+        try:
+            outputs = attributed.problem.predict(attributed.model, batch)
+        except Exception as error:
+            raise InputError(
+                f"predict(model, batch) failed on a single example: {type(error).__name__}: {str(error).splitlines()[0]}"
+                f"{_batch_statistics(attributed.model)}; use running statistics or per-example normalisation"
+            ) from error
+        loss = attributed.problem.likelihood.loss(outputs, batch.targets)
         found: Sequence[Tensor | None] = torch.autograd.grad(loss.sum(), [parameters[n] for n in names], allow_unused=True)
-    return float(loss.detach().sum()), {n: torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, found, strict=True)}
+    dense = [torch.zeros_like(parameters[n]) if g is None else g.to_dense() for n, g in zip(names, found, strict=True)]
+    return float(loss.detach().sum()), dict(zip(names, dense, strict=True))
+
+
+def _batch_statistics(model: nn.Module) -> str:
+    """The modules that normalise by the batch they are in, as part of a sentence."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds) and module.running_mean is None]
+    return f" (batch statistics in {', '.join(names)})" if names else ""
 
 
 def example_gradients(block: Block, pairs: Sequence[Pair]) -> Tensor:
