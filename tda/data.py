@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tda.errors import InputError
+from tda.errors import InputError, cause
 from tda.problem import Batch, Problem
 
 
@@ -22,10 +22,11 @@ def load_batch(problem: Problem, dataset: Any, ids: Sequence[int], *, dtype: tor
     """
     try:
         items = [dataset[int(i)] for i in ids]
-        inputs, targets = problem.collate(items)
+        inputs, targets = _two(problem.collate(items))
+        targets = torch.as_tensor(targets)
     except Exception as error:
         raise InputError(
-            f"examples {ids[0]}..{ids[-1]} cannot be collated as (inputs, targets): {type(error).__name__}: {error}; "
+            f"examples {ids[0]}..{ids[-1]} cannot be collated as (inputs, targets): {cause(error)}; "
             "dataset[i] must return (inputs, targets), or define Problem.collate"
         ) from error
 
@@ -34,7 +35,13 @@ def load_batch(problem: Problem, dataset: Any, ids: Sequence[int], *, dtype: tor
             return leaf
         return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
 
-    return Batch(tree_map(place, inputs), place(torch.as_tensor(targets)))
+    return Batch(tree_map(place, inputs), place(targets))
+
+
+def _two(collated: Any) -> Any:
+    if not isinstance(collated, (tuple, list)):  # a tensor or a dictionary of two would be taken apart without a word
+        raise TypeError(f"collation gave a {type(collated).__name__}")
+    return collated
 
 
 def batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong."""
+"""The one exception that means: the user's input is wrong; and how it quotes another error."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The message is one line that names the thing, the value and the way out; the command line prints it as it is and exits with status 2.
     """
+
+
+def cause(error: BaseException) -> str:
+    """What went wrong, in one line: "ValueError: the first line of its message"."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

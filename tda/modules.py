@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tda.blocks import Block, Pair, to_matrix, vector_block
 from tda.capture import Recorder, Tape, example
 from tda.data import load_batch
-from tda.errors import InputError
+from tda.errors import InputError, cause
 from tda.operations import MATRIX, Call, Layout
 from tda.problem import Batch, Problem
 
@@ -123,7 +123,7 @@ def _record(problem: Problem, model: nn.Module, chosen: dict[str, Tensor], batch
             raise
         except Exception as error:
             raise InputError(
-                f"predict(model, batch) failed on a batch of {len(batch.targets)}: {type(error).__name__}: {str(error).splitlines()[0]}; "
+                f"predict(model, batch) failed on a batch of {len(batch.targets)}: {cause(error)}; "
                 "batch is (inputs, targets) as the dataset yields them"
             ) from error
     if not isinstance(outputs, Tensor):
@@ -286,7 +286,7 @@ def _single(attributed: Attributed, batch: Batch) -> tuple[float, dict[str, Tens
             outputs = attributed.problem.predict(attributed.model, batch)
         except Exception as error:
             raise InputError(
-                f"predict(model, batch) failed on a single example: {type(error).__name__}: {str(error).splitlines()[0]}"
+                f"predict(model, batch) failed on a single example: {cause(error)}"
                 f"{_batch_statistics(attributed.model)}; use running statistics or per-example normalisation"
             ) from error
         loss = attributed.problem.likelihood.loss(outputs, batch.targets)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tda.errors import InputError
+from tda.errors import InputError, cause
 from tda.likelihoods import Likelihood
 
 Split = Literal["train", "query"]
@@ -118,7 +118,7 @@ def _problem_class(spec: str) -> type[Problem]:
     except InputError:
         raise
     except Exception as error:  # whatever the user's module raises at import is the user's to see, in one line
-        raise InputError(f"problem {spec!r}: importing {place} failed: {type(error).__name__}: {error}") from error
+        raise InputError(f"problem {spec!r}: importing {place} failed: {cause(error)}") from error
     kind = getattr(module, name, None)
     if kind is None:
         known = [k for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Problem) and v is not Problem]
