@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.cluster import ClusterSpec, ShardFailed, open_cluster
+from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import layout, prepare, publish, scores
 from tasks.subject import Subject
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from flows.config import RunConfig
 
 quiet_prefect()
+from distributed import Client  # noqa: E402
 from prefect import flow  # noqa: E402  (its settings are read at import)
 
 from flows import stages  # noqa: E402
@@ -50,11 +54,17 @@ def attribute_run(config: RunConfig, config_path: str = "") -> RunSummary:
         InputError, StoreError, ClusterError: the user's input, store or cluster is not usable; nothing was written.
         RunFailed: a stage failed; what was finished is kept.
     """
+    started = time.perf_counter()
     request = request_of(config)
-    _examined(request)
-    storage.check_store(request.store)
     try:
-        return attribute(config.model_dump(mode="json"))
+        with embedded_api() as api:
+            inputs = prepare.examine(request)
+            storage.check_store(request.store)
+            with open_cluster(config.cluster.spec()) as client:
+                warming = stages.warm(client, request)
+                with api.used(), _given(Prepared(started, inputs, client)):
+                    del warming
+                    return attribute(config.model_dump(mode="json"))
     except ShardFailed as error:
         if isinstance(error.cause, InputError):
             raise error.cause from error
@@ -80,8 +90,39 @@ def request_of(config: RunConfig) -> prepare.Request:
     )  # fmt: skip
 
 
-# The command line examines before Prefect starts, and the flow examines again: once is enough in one process.
-_examined = functools.lru_cache(maxsize=1)(prepare.examine)
+@dataclass(frozen=True)
+class Prepared:
+    """What attribute_run has ready for the flow: when the run began (perf_counter), what was examined, and a cluster."""
+
+    started: float
+    inputs: prepare.Inputs
+    client: Client
+
+
+# The flow's own argument is a configuration alone, so that a schedule can hold it.
+_PREPARED: ContextVar[Prepared] = ContextVar("prepared")
+
+
+@contextmanager
+def _given(prepared: Prepared) -> Iterator[None]:
+    token = _PREPARED.set(prepared)
+    try:
+        yield
+    finally:
+        _PREPARED.reset(token)
+
+
+@contextmanager
+def _prepared(request: prepare.Request, cluster: ClusterSpec) -> Iterator[Prepared]:
+    """What attribute_run prepared, or, in a flow that was started by a schedule, the same made here."""
+    given = _PREPARED.get(None)
+    if given is not None:
+        yield given
+        return
+    started = time.perf_counter()
+    inputs = prepare.examine(request)
+    with open_cluster(cluster) as client:
+        yield Prepared(started, inputs, client)
 
 
 @flow(name="attribute", validate_parameters=False)
@@ -89,14 +130,11 @@ def attribute(config: dict[str, Any]) -> RunSummary:
     """Fit, score, publish. config: a RunConfig as JSON, so that a schedule can hold it."""
     from flows.config import RunConfig
 
-    started = time.perf_counter()
     parsed = RunConfig.model_validate(config)
     request = request_of(parsed)
-    inputs = _examined(request)
-    spec = ClusterSpec(**parsed.cluster.model_dump())
     progress = Progress()
-    with progress.shown(), open_cluster(spec) as client, stages.session(client, progress) as session:
-        reused = {}
+    with progress.shown(), _prepared(request, parsed.cluster.spec()) as ready, stages.session(ready.client, progress) as session:
+        inputs, reused = ready.inputs, {}
         if not request.subject.checkpoint:
             reused["checkpoint"] = stages.train(request, inputs)
         plan = prepare.plan(request, inputs)
@@ -120,7 +158,10 @@ def attribute(config: dict[str, Any]) -> RunSummary:
             "layer_share": publish.layer_share(plan, receipts),
             "separable_errors": location.read_json(location.join(job.directions, "complete.json"))["separable_errors"],
         }
-        session.timings["total"] = {"wall": time.perf_counter() - started, "compute": sum(t["compute"] for t in session.timings.values())}
+        session.timings["total"] = {
+            "wall": time.perf_counter() - ready.started,
+            "compute": sum(t["compute"] for t in session.timings.values()),
+        }
         stages.finish(plan, run_url, manifest | found)
     names = [name for name, was in reused.items() if was]
     return RunSummary(run_id, run_url, location.join(run_url, "report.html"), request.store, names)

@@ -3,8 +3,11 @@
 Exit status: 0 done; 2 the user's input is wrong, told in one line; 1 a run failed. Heavy imports wait inside the commands.
 """
 
+import atexit
+import gc
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -28,14 +31,14 @@ SHOWN_QUERIES, SHOWN_EXAMPLES = 3, 3
 
 def main() -> None:
     """Entry point: run a command and turn every expected error into one line on standard error."""
+    atexit.register(gc.freeze)  # else the interpreter spends seconds on a last collection of torch, Prefect and Dask
     sys.exit(status(sys.argv[1:]))
 
 
 def status(arguments: list[str]) -> int:
     """Run one command line; its exit status."""
-    # As `python -m` would: a problem may be a module beside the user, also for the worker processes.
-    if os.getcwd() not in sys.path:  # noqa: PTH109
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    # A problem may be a module where the user stands, also for the worker processes; but a tasks.py there is not our `tasks`.
+    sys.path += [folder for folder in (str(Path(__file__).parents[1]), os.getcwd()) if folder not in sys.path]  # noqa: PTH109
     try:
         returned = app(arguments or ["--help"], prog_name="tda", standalone_mode=False)
     except TyperException as error:  # an unknown command or option, a missing argument
@@ -134,8 +137,6 @@ def report(
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Say where a run's report is, or copy it from the store."""
-    from pathlib import Path
-
     from tda.errors import InputError
     from tda.location import exists, join, read_bytes
     from tda.results import open_run

@@ -9,15 +9,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from distributed import Client
+from distributed import Client, Future
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows.progress import Progress
 from infra import storage
 from infra.cluster import run_shards
-from tasks import factors, layout, prepare, publish, scores, training
-from tasks.subject import open_subject
+from tasks import factors, layout, prepare, publish, scores, subject, training
 from tda import location
 
 
@@ -54,6 +53,12 @@ def session(client: Client, progress: Progress) -> Iterator[Session]:
         _SESSION.reset(token)
 
 
+def warm(client: Client, request: prepare.Request) -> list[Future]:
+    """Let every worker import what it needs and open the model and the data, while the run has not begun; keep the futures until then."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return [client.submit(subject.warm, request.subject, workers=[worker], pure=False) for worker in workers]
+
+
 _stage = task(cache_policy=NO_CACHE, persist_result=False)
 
 
@@ -79,7 +84,7 @@ def fit(job: factors.FactorJob) -> bool:
         for level in factors.levels(job, sums):  # type: ignore[arg-type]
             run(factors.reduce_node, level, f"sum {label} ({kind})")
         if sums == "covariance":
-            count = len(open_subject(job.subject).attributed.blocks)
+            count = len(subject.open_subject(job.subject).attributed.blocks)
             run(factors.decompose_layer, [(job, layer) for layer in range(count)], f"eigendecompositions ({kind})")
     run(factors.finish_factors, [job], f"finish factors ({kind})")
     return False

@@ -1,5 +1,7 @@
 """The Dask cluster that a run's shards go to: worker processes on this machine, or a scheduler that runs elsewhere."""
 
+import atexit
+import gc
 import logging
 import os
 import uuid
@@ -72,6 +74,11 @@ def open_cluster(spec: ClusterSpec) -> "Iterator[Client]":
         yield client
 
 
+def exit_quickly() -> None:
+    """Let this process end without a last garbage collection, which takes seconds once torch and its like are imported."""
+    atexit.register(gc.freeze)
+
+
 def run_shards(
     client: "Client",
     function: Callable[[S], R],
@@ -142,6 +149,7 @@ def _local(spec: ClusterSpec) -> "Iterator[Client]":
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
+        client.run(exit_quickly)
         yield client
 
 
