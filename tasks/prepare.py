@@ -74,6 +74,7 @@ def examine(request: Request) -> Inputs:
     subject = request.subject
     if subject.dtype == "float64" and request.products == "bfloat16":
         raise InputError('products = "bfloat16" makes no sense with dtype = "float64"; leave one of them out')
+    open_subject.cache_clear()  # a schedule's process may have opened what lay here yesterday
     opened = open_subject(subject)
     problem = opened.attributed.problem
     if not subject.checkpoint and not can_fit(problem):
@@ -123,6 +124,7 @@ def plan(request: Request, inputs: Inputs) -> Plan:
     if not subject.checkpoint:
         subject = replace(subject, checkpoint=location.join(checkpoint_artifact(request, inputs), "weights.safetensors"))
     weights = checkpoint.digest(read_checkpoint(subject.checkpoint))
+    subject = replace(subject, weights=weights, inputs=fingerprint("inputs", digests=[inputs.problem, inputs.train, inputs.query]))
     opened = open_subject(subject)
     blocks = opened.attributed.blocks
     itemsize = torch.tensor([], dtype=opened.attributed.dtype).element_size()

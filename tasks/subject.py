@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +21,11 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass(frozen=True)
 class Subject:
-    """A problem (`options` is JSON), its checkpoint's URL ("" for the weights that its model starts with), and which modules."""
+    """A problem (`options` is JSON), its checkpoint's URL ("" for the weights that its model starts with), and which modules.
+
+    weights and inputs are digests of what was found when the run was planned, "" before. They keep what a long-lived process has
+    opened apart from what lies at the same place later.
+    """
 
     problem: str
     options: str
@@ -28,6 +33,8 @@ class Subject:
     modules: tuple[str, ...]
     exclude: tuple[str, ...]
     dtype: str
+    weights: str = ""
+    inputs: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,24 @@ def open_subject(subject: Subject) -> Opened:
     problem = load_problem(subject.problem, json.loads(subject.options))
     model = problem.model()
     if subject.checkpoint:
-        checkpoint.fill(model, read_checkpoint(subject.checkpoint), subject.checkpoint)
+        state = read_checkpoint(subject.checkpoint)
+        if subject.weights and checkpoint.digest(state) != subject.weights:
+            raise InputError(f"checkpoint {subject.checkpoint} was replaced while the run was under way; start it again")
+        checkpoint.fill(model, state, subject.checkpoint)
     if subject.dtype != "auto":
         model = model.to(DTYPES[subject.dtype])
     train, query = problem.train_data(), problem.query_data()
     length(train, "train")
     length(query, "query")
     return Opened(inspect(problem, model, train, modules=subject.modules, exclude=subject.exclude), train, query)
+
+
+def warm(subject: Subject) -> None:
+    """Import and open everything ahead of the first shard. What fails here is told by the shard that needs it."""
+    import tasks.scores  # noqa: F401  (and with it all that shards use)
+
+    with suppress(Exception):
+        open_subject(subject)
 
 
 def read_checkpoint(url: str) -> dict[str, torch.Tensor]:

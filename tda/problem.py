@@ -131,8 +131,9 @@ def _problem_class(spec: str) -> type[Problem]:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"problem file {path} does not exist; paths are taken from the config file's folder")
-    # A name made from the path: two files of one name must not share an entry, and pickled references must resolve again.
-    name = "tda_problem_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    # A name made from path and content: files of one name, or a file before and after an edit, must not share an entry, and pickled
+    # references must resolve again.
+    name = "tda_problem_" + hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
