@@ -148,13 +148,16 @@ def plan(request: Request, inputs: Inputs) -> Plan:
         fits[method.fisher_kind] = FactorJob(url, subject, method.fisher_kind, seed, inputs.examples, shard, batch, request.products)
         urls.append(url)
     queries = request.query_block or sizes.query_block(blocks, inputs.queries, len(methods), itemsize=itemsize)
-    asked = {"query": inputs.query, "methods": [json.loads(text) for text in request.methods], "fits": urls, "block": queries}
-    asked["fits"] = [url.rpartition("/")[2] for url in urls]
+    scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries * len(methods), itemsize=itemsize)
+    asked = {
+        "query": inputs.query, "methods": [json.loads(text) for text in request.methods],
+        "fits": [url.rpartition("/")[2] for url in urls], "block": queries,
+    }  # fmt: skip
     directions = fingerprint("directions", **common, **asked)
-    whole = fingerprint("run", directions=directions, self_influence=request.self_influence, seed=request.seed)
+    whole = fingerprint("run", directions=directions, batch=scoring, self_influence=request.self_influence, seed=request.seed)
     scores = ScoreJob(
         subject, tuple(zip(request.methods, urls, strict=True)), layout.artifact(request.store, "directions", directions),
-        "", "", inputs.examples, inputs.queries, shard, queries, batch, request.products, request.self_influence,
+        "", "", inputs.examples, inputs.queries, shard, queries, batch, scoring, request.products, request.self_influence,
     )  # fmt: skip
     return Plan(request, subject, inputs, weights, fits, scores, whole)
 

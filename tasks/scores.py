@@ -42,6 +42,7 @@ class ScoreJob:
     shard_size: int
     query_block: int
     batch_size: int
+    scoring_batch: int
     products: Products
     self_influence: bool
 
@@ -181,7 +182,7 @@ def score_shard(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
         opened.train,
         job.train_ids(shard),
         examples=job.examples,
-        batch_size=job.batch_size,
+        batch_size=job.scoring_batch,
         products=job.products,
         self_influence=job.self_influence and block == 0,
     )

@@ -78,7 +78,9 @@ def prepared(case: cases.Case, limit: int | None = None) -> tuple[Attributed, Ex
 def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, float], Tensor]:
     """Fit and score once; seconds and the scores (Q, N)."""
     attributed, train, queries = prepared(case, options.sequences)
-    batch_size = options.batch_size or sizes.batch_size(attributed.blocks, itemsize=torch.finfo(attributed.dtype).bits // 8)
+    itemsize = torch.finfo(attributed.dtype).bits // 8
+    batch_size = options.batch_size or sizes.batch_size(attributed.blocks, itemsize=itemsize)
+    scoring = options.scoring_batch or sizes.scoring_batch(attributed.blocks, batch_size, len(queries), itemsize=itemsize)
     damping = "heuristic" if options.damping == "heuristic" else case.fix_damping
     method = EKFAC(fisher=options.fisher, damping=damping, separable=options.separable)
     products = options.products
@@ -94,7 +96,8 @@ def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, fl
                 directions.append(method.direction(block, factor, gradients.pop(0), products))
         scorer = Scorer(method, directions, factors, torch.ones_like(values))
         ids = range(len(train))
-        found = score(attributed, [scorer], train, ids, examples=len(train), batch_size=batch_size, products=products, self_influence=False)
+        how: dict[str, Any] = {"batch_size": scoring, "products": products, "self_influence": False}
+        found = score(attributed, [scorer], train, ids, examples=len(train), **how)
         return found.influence[0]
 
     if options.warm_up:
@@ -142,6 +145,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--separable", type=float, default=0.0, help="relative error allowed for 1 / (Lambda + lambda) in separable form")
     parser.add_argument("--sequences", type=int, help="only the first so many training examples")
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--scoring-batch", type=int)
     parser.add_argument("--count", action="store_true", help="count operations; the timings are then meaningless")
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false", help="time the first call of the process")
     parser.add_argument("--save", type=Path, help="write the scores (Q, N) to this .npy file")
