@@ -1,0 +1,123 @@
+"""Prefect's API for the length of one command: a server process of our own, unless a setting names one that runs elsewhere.
+
+Prefect would start such a server itself, at the first flow, and wait for it. Ours starts while the run's input is still being
+examined, spares this process the import of the server's code, and ends with this process however that ends.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from infra.settings import quiet_prefect
+
+STOP_SECONDS = 5
+
+
+class ApiError(RuntimeError):
+    """Prefect's API did not start. The message is one line with the way out."""
+
+
+class Api:
+    """A server that is starting or running; `process` is None where a setting names another one."""
+
+    def __init__(self, process: "subprocess.Popen[str] | None") -> None:
+        """Args: process: runs `serve`."""
+        self._process = process
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Wait until the server answers, and let Prefect use it while the block runs.
+
+        Raises:
+            ApiError: it ended instead.
+        """
+        if self._process is None:
+            yield
+            return
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.startswith("http"):
+            raise ApiError("Prefect's API does not start; `tda doctor` says what to mend, or set PREFECT_API_URL to a server's")
+        with temporary_settings({PREFECT_API_URL: line.strip()}):
+            yield
+
+
+@contextmanager
+def embedded_api() -> Iterator[Api]:
+    """An API server for the length of the block; it starts at once, beside what the block does first."""
+    quiet_prefect()
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        yield Api(None)
+        return
+    # -P: a folder named "infra" where the user stands is not ours.
+    command = [sys.executable, "-P", "-m", "infra.prefect_api"]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+    process = subprocess.Popen(  # noqa: S603  (our own module)
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
+        start_new_session=True,  # Ctrl-C is for the run, which needs the API to the end
+    )
+    try:
+        yield Api(process)
+    finally:
+        _stop(process)
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def serve() -> None:
+    """Run the server until it is terminated or whoever started it is gone; its URL goes to standard output once it answers."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ |= {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
+    quiet_prefect()
+    import socket
+
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+
+    class Telling(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets=sockets)
+            if self.started:
+                sys.stdout.write(f"http://127.0.0.1:{listener.getsockname()[1]}/api\n")
+                sys.stdout.flush()
+
+    Telling(uvicorn.Config(create_app(ephemeral=True), lifespan="on", log_level="critical")).run(sockets=[listener])
+
+
+def _end_with_parent() -> None:
+    """Standard input is a pipe that nobody writes to: it ends when the process at its other end does."""
+    sys.stdin.read()
+    with suppress(ProcessLookupError):
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(STOP_SECONDS)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    serve()
