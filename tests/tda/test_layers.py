@@ -1,137 +1,24 @@
 """For each kind of layer: the captured gradients are autograd's, and directions and scores are those of dense matrices written out."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
-from torch.nn import functional
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from tda.blocks import to_parameters
 from tda.modules import example_gradients, inspect
 from tests import dense
-from tests.tda.layers import LAYERS
+from tests.tda.layers import LAYERS, Layer, blocks, conv, reals, sequence
 from tests.tda.pipeline import Given, attribute, relative
+from tests.tda.reference import SEED, TRAIN, call, class_loss, dense_run, grouped, problem_of, record
 
-TRAIN, QUERIES, SEED = 40, 3, 5
 #: Multiples of each layer's mean eigenvalue. At the least of them the inverse magnifies the smallest directions a million times.
 SHARES = (1e-6, 1e-3, 1e-1)
 #: Behind norms and attention the largest eigenvalue is 40 x the mean, so at 1e-6 the condition number is 4e7 and float64 itself keeps 1e-8.
 WHOLE = ("GPT-2", "GPT-NeoX", "TransformerEncoderLayer, sequence first")
 #: Labels drawn from the model differ from the data's in nothing but their values: shown where the drawing differs.
 SAMPLED = ("Linear", "Conv2d dilated", "Linear over masked tokens", "LayerNorm", "Embedding", "Embedding tied to Linear", "GPT-NeoX")
-
-
-def class_loss(outputs, targets):
-    if outputs.ndim == 3:
-        return functional.cross_entropy(outputs.transpose(1, 2), targets, reduction="none").sum(1)
-    return functional.cross_entropy(outputs, targets, reduction="none")
-
-
-def problem_of(layer, model):
-    predict = None if layer.predict is None else layer.predict
-    return Given(model, layer.likelihood, layer.examples(TRAIN), layer.examples(QUERIES, seed=1), predict=predict)
-
-
-def call(layer, model, inputs):
-    return model(inputs) if layer.predict is None else layer.predict(model, inputs)
-
-
-# The dense side.
-
-
-def drawn_labels(layer, model, train):
-    """By inversion of the distribution at the first uniform numbers of a Philox stream keyed by (seed, example id)."""
-    labels = []
-    for i, (inputs, target) in enumerate(train):
-        p = call(layer, model, dense._batch(inputs))[0].detach().softmax(-1)
-        uniform = torch.from_numpy(np.random.Generator(np.random.Philox(key=[SEED, i])).random(max(target.numel(), 1)))
-        below = (p.cumsum(-1) < uniform.reshape(*target.shape, 1)).sum(-1)
-        labels.append(torch.where(target == -100, -100, below))
-    return labels
-
-
-def record(layer, model, problem, fisher):
-    labels = dense.categorical_labels if fisher == "exact" else dense.data_label
-    drawn = drawn_labels(layer, model, problem.train) if fisher == "sampled" else None
-    options = {"labels": labels, "drawn": drawn, "predict": lambda m, x: call(layer, m, x)}
-    return dense.record(model, class_loss, problem.train, problem.queries, layer.blocks, **options)
-
-
-def masked(passes, problem, block):
-    """Masked positions, and an embedding's padding, are no positions of a layer: neither factor counts them."""
-    if not block.structured or block.kind == "tied":
-        return passes
-    if block.kind == "embedding":
-        padding = passes.model.get_submodule(block.names[0]).padding_idx
-        return passes if padding is None else without(passes, block, [one.inputs[block.names[0]][0][0] != padding for one in passes.data])
-    if isinstance(problem.train[0][0], dict) and len(dense.activations(passes.model, block, passes.data[0])) > 1:
-        return without(passes, block, [inputs["attention_mask"] for inputs, _ in problem.train])
-    return passes
-
-
-def without(passes, block, marks):
-    """The passes with only the marked positions of a block."""
-    (name,), each = block.names, len(passes.fisher) // len(passes.data)
-    data = [replace(one, mask=mark) for one, mark in zip(passes.data, marks, strict=True)]
-    fisher = [
-        replace(one, outputs=one.outputs | {name: [one.outputs[name][0] * marks[i // each][None, :, None]]})
-        for i, one in enumerate(passes.fisher)
-    ]
-    return replace(passes, data=data, fisher=fisher)
-
-
-def tied_factors(passes, block):
-    """Rows of both uses pooled. The head's: s = output gradient, a = input; the embedding's: s = the token's unit vector, a = gradient."""
-    tokens, width = passes.model.get_submodule(block.names[0]).weight.shape
-    S, A, positions = torch.zeros(tokens, tokens, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64), 0
-    for one in passes.data:
-        ids, hidden = (one.inputs[name][0].flatten(0, 1) for name in block.names)
-        hot = functional.one_hot(ids, tokens).double()
-        S, A, positions = S + hot.T @ hot, A + hidden.T @ hidden, positions + len(ids) + len(hidden)
-    for one in passes.fisher:
-        into_embedding, into_logits = (one.outputs[name][0].flatten(0, 1) for name in block.names)
-        S, A = S + one.weight * into_logits.T @ into_logits, A + one.weight * into_embedding.T @ into_embedding
-    return S / len(passes.data), A / positions
-
-
-def curvature(passes, block, method):
-    if block.kind != "tied":
-        return dense.curvature(passes, block, method)
-    S, A = tied_factors(passes, block)
-    if method == "kfac":
-        return torch.kron(S, A)
-    U = torch.kron(torch.linalg.eigh(S)[1], torch.linalg.eigh(A)[1])
-    return U @ torch.diag(torch.diagonal(U.T @ dense.fisher(passes, block) @ U)) @ U.T
-
-
-def grouped(blocks):
-    """The groups of a convolution belong to one block of the library."""
-    found = []
-    for block in blocks:
-        if block.group:
-            found[-1].append(block)
-        else:
-            found.append([block])
-    return found
-
-
-def dense_run(passes, problem, blocks, method, share):
-    """Dampings by block, directions by block (query, groups, n), scores (query, train)."""
-    dampings, directions, scores = [], [], 0
-    for group in grouped(blocks):
-        each = [masked(passes, problem, b) for b in group]
-        curvatures = [curvature(p, b, method) for p, b in zip(each, group, strict=True)]
-        damping = share * float(np.mean([float(torch.trace(C)) / len(C) for C in curvatures]))
-        inverses = [dense.inverse(C, damping) for C in curvatures]
-        dampings.append(damping)
-        queries = [dense.gradients(passes, b, "queries") for b in group]
-        directions.append(torch.stack([-g @ M for g, M in zip(queries, inverses, strict=True)], 1))
-        scores = scores + sum(dense.scores(passes, b, M) for b, M in zip(group, inverses, strict=True))
-    return dampings, directions, scores
-
-
-# The library's side against it.
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -214,3 +101,51 @@ def test_float32_agrees_with_dense_float64(name):
     assert outcome.influence.dtype == torch.float32
     for found, (_, _, scores) in zip(outcome.influence, wanted.values(), strict=True):
         assert relative(found, scores) < 1e-4
+
+
+# Shapes that nobody chose.
+
+
+def agrees_with_dense(layer, batch, cuts):
+    """Gradients to 1e-10, EK-FAC and K-FAC scores to 1e-9 at damping 1e-3 of the mean eigenvalue, under the exact Fisher."""
+    model = layer.build()
+    problem = problem_of(layer, model)
+    passes = record(layer, model, problem, "exact")
+    wanted = [dense_run(passes, problem, layer.blocks, m, 1e-3) for m in ("ekfac", "kfac")]
+    methods = [{"name": m, "fisher": "exact", "damping": w[0]} for m, w in zip(("ekfac", "kfac"), wanted, strict=True)]
+    found = attribute(problem, [{"name": "graddot"}, *methods], batch_size=batch, cuts=cuts, seed=SEED)
+    assert not any(b.direct for b in found.attributed.blocks)
+    assert relative(found.influence[0], dense.influence(passes, layer.blocks, "graddot")) < 1e-10
+    for scores, (_, _, truth) in zip(found.influence[1:], wanted, strict=True):
+        assert relative(scores, truth) < 1e-9
+
+
+RUN = {"batch": st.integers(1, TRAIN), "cuts": st.sets(st.integers(1, TRAIN - 1), max_size=3).map(sorted)}
+
+
+@settings(max_examples=15, deadline=None)
+@given(into=st.integers(1, 6), width=st.integers(1, 5), bias=st.booleans(), tokens=st.integers(0, 4), **RUN)
+def test_linear_layers_of_any_shape_agree_with_dense_matrices(into, width, bias, tokens, batch, cuts):
+    shape, size = ((tokens, into), tokens * width) if tokens else ((into,), width)
+    model = sequence(lambda: nn.Linear(into, width, bias=bias), nn.Tanh, nn.Flatten, lambda: nn.Linear(size, 3, bias=bias))
+    agrees_with_dense(Layer(model, reals(*shape), blocks("linear 0", "linear 3")), batch, cuts)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    groups=st.integers(1, 3),
+    each=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 1), st.integers(0, 1)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+    bias=st.booleans(),
+    **RUN,
+)
+def test_convolutions_of_any_shape_agree_with_dense_matrices(*, groups, each, kernel, stride, padding, dilation, mode, bias, batch, cuts):
+    height, width = 4, 5
+    assume(all(n + 2 * p > d * (k - 1) for n, p, d, k in zip((height, width), padding, dilation, kernel, strict=True)))
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": mode, "groups": groups, "bias": bias}
+    into, out = (groups * n for n in each)
+    agrees_with_dense(conv(lambda: nn.Conv2d(into, out, kernel, **options), out, into, height, width, groups=groups), batch, cuts)
