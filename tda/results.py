@@ -1,7 +1,7 @@
 """What a notebook opens: a finished run as labelled arrays that are fetched when they are used.
 
 run = tda.open_run("s3://bucket/prefix", "latest")
-run.influence.sel(method="ekfac", query=3)      # reads the chunks that hold this row, nothing else
+run.influence.loc["ekfac", 3]                    # reads the chunks that hold this row, nothing else
 run.top(query=3, k=10, kind="helpful")
 """
 

@@ -1,0 +1,41 @@
+"""One Prefect API and one Dask cluster for all runs of a test session; neither is the user's."""
+
+from collections.abc import Iterator
+
+import pytest
+from distributed import Client
+
+from infra.cluster import ClusterSpec, open_cluster
+from infra.prefect_api import embedded_api
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prefect with an empty database, for this process and for those that it starts."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+    home = tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(home))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with temporary_settings({PREFECT_HOME: home}, restore_defaults=[PREFECT_API_URL]), embedded_api() as api, api.used():
+            patch.setenv("PREFECT_API_URL", PREFECT_API_URL.value())
+            yield
+
+
+@pytest.fixture(scope="session")
+def cluster(prefect_api: None) -> Iterator[str]:
+    """Two workers that stay; the override that makes a run use them."""
+    with open_cluster(ClusterSpec(workers=2)) as client:
+        yield _override(client)
+
+
+@pytest.fixture(scope="session")
+def single(prefect_api: None) -> Iterator[str]:
+    """One worker that stays; the override that makes a run use it."""
+    with open_cluster(ClusterSpec(workers=1)) as client:
+        yield _override(client)
+
+
+def _override(client: Client) -> str:
+    return f'cluster={{kind="address", address="{client.scheduler.address}"}}'
