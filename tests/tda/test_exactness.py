@@ -136,6 +136,14 @@ def test_a_repeated_call_gives_the_same_bytes_and_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in problem.given.parameters())
 
 
+def test_copies_of_an_example_have_scores_of_their_own_and_equal_ones():
+    problem = classes()
+    problem.train = problem.train + problem.train[:4]
+    found = attribute(problem, METHODS, batch_size=6).influence
+    assert found.shape[2] == 27
+    assert relative(found[..., 23:], found[..., :4]) < 1e-13
+
+
 def test_damping_is_not_accumulated_over_uses_of_the_same_factors():
     problem = classes()
     once = attribute(problem, METHODS[2:4])
