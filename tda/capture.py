@@ -108,8 +108,9 @@ class Tape:
             torch.autograd.grad(self.outputs, edges, seed, retain_graph=not last, allow_unused=True) if edges else ()
         )
         gradients = {id(call): _or_zeros(gradient, call.output) for call, gradient in zip(calls, found, strict=True)}
+        direct = self._direct([block for block in self._blocks if block.direct], seed)
         for block in self._blocks:
-            yield [self._direct(block, seed)] if block.direct else self._read(block, gradients)
+            yield [direct[block.name]] if block.direct else self._read(block, gradients)
 
     def _read(self, block: Block, gradients: dict[int, Tensor]) -> list[Pair]:
         calls = self._calls.get(block.weight or block.bias or "", [])
@@ -136,19 +137,24 @@ class Tape:
             mask = real if mask is None else mask & real
         return Pair(left, right, side, mask)
 
-    def _direct(self, block: Block, seed: Tensor) -> Pair:
-        """Per-example gradients of a block whose operation we do not know, by one backward pass per example."""
+    def _direct(self, blocks: Sequence[Block], seed: Tensor) -> dict[str, Pair]:
+        """Per-example gradients, by block name, of blocks whose operations we do not know: one forward and backward pass per example."""
+        if not blocks:
+            return {}
         parameters = dict(self._model.named_parameters())
-        wanted = [parameters[n] for n in block.parameters]
-        rows = []
+        names = [name for block in blocks for name in block.parameters]
+        rows: dict[str, list[Tensor]] = {block.name: [] for block in blocks}
         for i in range(self.size):
             one = example(self._batch, i, self.size)
             with torch.enable_grad():
                 outputs = self._problem.predict(self._model, one)
-                found: Sequence[Tensor | None] = torch.autograd.grad(outputs, wanted, seed[i : i + 1], allow_unused=True)
-            whole = {n: _or_zeros(g, p) for n, p, g in zip(block.parameters, wanted, found, strict=True)}
-            rows.append(to_matrix(block, whole).flatten())
-        return _column(torch.stack(rows))
+                found: Sequence[Tensor | None] = torch.autograd.grad(
+                    outputs, [parameters[n] for n in names], seed[i : i + 1], allow_unused=True
+                )
+            whole = {n: _or_zeros(g, parameters[n]) for n, g in zip(names, found, strict=True)}
+            for block in blocks:
+                rows[block.name].append(to_matrix(block, whole).flatten())
+        return {name: _column(torch.stack(each)) for name, each in rows.items()}
 
 
 def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor:
@@ -170,6 +176,3 @@ def example(batch: Batch, i: int, size: int) -> Batch:
         tree_map(lambda leaf: leaf[i : i + 1] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf, batch.inputs),
         batch.targets[i : i + 1],
     )
-
-
-__all__ = ["MATRIX", "Recorder", "Tape", "example"]
