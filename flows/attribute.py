@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +46,12 @@ class RunSummary:
     reused: list[str]
 
 
-def attribute_run(config: RunConfig, config_path: str = "") -> RunSummary:
+def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
     """Run one configuration, or finish what an earlier try left.
+
+    Args:
+        config: what to run.
+        command: the command line that runs it, for the message of a failed run.
 
     Raises:
         InputError, StoreError, ClusterError: the user's input, store or cluster is not usable; nothing was written.
@@ -66,11 +69,11 @@ def attribute_run(config: RunConfig, config_path: str = "") -> RunSummary:
                     del warming
                     return attribute(config.model_dump(mode="json"))
     except ShardFailed as error:
+        kept = f"what is finished is kept in {request.store}"
         if isinstance(error.cause, InputError):
-            raise error.cause from error
-        command = f"tda run {shlex.quote(config_path)}" if config_path else "the same run"
-        kept = "every finished shard is kept"
-        raise RunFailed(f"{error}; {kept} in {request.store}; `{command}` resumes it") from error
+            raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
+        resume = f"`{command}`" if command else "the same run"
+        raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
 
 
 def request_of(config: RunConfig) -> prepare.Request:

@@ -6,6 +6,7 @@ Exit status: 0 done; 2 the user's input is wrong, told in one line; 1 a run fail
 import atexit
 import gc
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -46,8 +47,10 @@ def status(arguments: list[str]) -> int:
     except typer.Abort:
         returned = INTERRUPTED
     except Exception as error:
+        from infra.settings import Settings
+
         code = _status_of(error)
-        if code is None:  # a fault of ours: the traceback is what a report needs
+        if code is None or Settings().traceback:  # a fault of ours: the traceback is what a report needs
             raise
         return _fail(code, str(error))
     if returned == INTERRUPTED:  # Typer's way of passing Ctrl-C on
@@ -87,7 +90,8 @@ def run(
     quiet_prefect()
     from flows.attribute import attribute_run
 
-    _print_summary(attribute_run(parsed, config))
+    same = ["tda", "run", config, *(["--store", store] if store else []), *(word for each in overrides or [] for word in ("--set", each))]
+    _print_summary(attribute_run(parsed, shlex.join(same)))
 
 
 @app.command()

@@ -4,10 +4,12 @@ import atexit
 import gc
 import logging
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from infra.settings import Settings
@@ -136,6 +138,7 @@ def _local(spec: ClusterSpec) -> "Iterator[Client]":
         _environment_of_workers(spec.threads),
         dask.config.set(LOCAL_CONFIG),
         _quiet_log(),
+        _deaf_threads() as listening,
         LocalCluster(
             n_workers=spec.workers,
             threads_per_worker=1,
@@ -150,6 +153,7 @@ def _local(spec: ClusterSpec) -> "Iterator[Client]":
         Client(cluster, set_as_default=False) as client,
     ):
         client.run(exit_quickly)
+        listening()
         yield client
 
 
@@ -191,6 +195,21 @@ def _environment_of_workers(threads: int) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _deaf_threads() -> "Iterator[Callable[[], object]]":
+    """Threads started in the block, and the processes that they start, never see Ctrl-C.
+
+    A terminal sends it to every process of a command: workers would print tracebacks over the message of the one that ends the run.
+    The calling thread hears it again once it calls the function given, or at the end of the block.
+    """
+    resource_tracker.ensure_running()  # starting it later would unblock the signal again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ class Settings(BaseSettings):
     """Attempts of one write before it counts as failed (TDA_STORAGE_ATTEMPTS)."""
     storage_wait: float = Field(default=0.2, ge=0.0)
     """Seconds before the second attempt; it doubles, with jitter, up to 10 s (TDA_STORAGE_WAIT)."""
+    traceback: bool = False
+    """Whether an expected error is told with its traceback (TDA_TRACEBACK=1)."""
     connect_timeout: float = Field(default=10.0, gt=0.0)
     """Seconds until a silent S3 endpoint or scheduler counts as unreachable (TDA_CONNECT_TIMEOUT)."""
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -22,13 +22,15 @@ import zarr
 from torch import Tensor
 
 from infra import storage
-from tasks.subject import Subject, open_subject
+from tasks.subject import Opened, Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location, schema
 from tda.blocks import Block
 from tda.curvature.covariances import Covariance, covariance_sums
 from tda.curvature.eigen import Factor, decompose, eigenvalue_sums
 from tda.curvature.fisher import Fisher
+from tda.data import batches
+from tda.directions import check_finite
 from tda.products import Products
 
 #: Nodes that one reduction task sums; sums are in float64 and in the order of the shards.
@@ -103,8 +105,23 @@ def sum_shard(node: Node) -> dict[str, Any]:
             factors = load_factors(job.url, opened.attributed.blocks, eigenvalues=False)
             found = eigenvalue_sums(opened.attributed, factors, opened.train, job.ids(node.index), **options)
             tensors = {f"{b}/eigenvalues": t for b, t in enumerate(found)}
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            _explain(opened, job, node.index)
         write_tensors(node.url, tensors)
     return {"seconds": time.perf_counter() - started}
+
+
+def _explain(opened: Opened, job: FactorJob, shard: int) -> NoReturn:
+    """Find the example that made a shard's sums infinite: InputError where its loss is not finite, else ArithmeticError."""
+    attributed, ids = opened.attributed, job.ids(shard)
+    with torch.no_grad():
+        for part in batches(ids, job.batch_size):
+            batch = attributed.load(opened.train, part)
+            losses = attributed.problem.likelihood.loss(attributed.tape(batch).precise, batch.targets)
+            check_finite(losses, part, "loss of train example")
+    raise ArithmeticError(
+        f'the squared gradients of examples {ids[0]}..{ids[-1]} overflow {attributed.dtype}; dtype = "float64" holds more'
+    )
 
 
 def reduce_node(node: Node) -> dict[str, Any]:

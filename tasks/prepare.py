@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,7 +70,20 @@ class Plan:
 
 
 def examine(request: Request) -> Inputs:
-    """Load and check everything; nothing is written. Raises InputError in one line."""
+    """Load and check everything; nothing is written. Raises InputError in one line, also for whatever the problem's own code raises."""
+    try:
+        return _examined(request)
+    except InputError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno}, in {place.name})"
+        raise InputError(
+            f"problem {request.subject.problem!r} cannot be evaluated: {said}; set TDA_TRACEBACK=1 to see all of it"
+        ) from error
+
+
+def _examined(request: Request) -> Inputs:
     methods = parse_all([json.loads(text) for text in request.methods])
     subject = request.subject
     if subject.dtype == "float64" and request.products == "bfloat16":

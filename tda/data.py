@@ -18,10 +18,11 @@ from tda.problem import Batch, Problem
 def load_batch(problem: Problem, dataset: Any, ids: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Batch:
     """Examples `ids` of a map-style dataset, collated; floating-point inputs and targets are cast to `dtype`.
 
-    Raises InputError where an item is not (inputs, targets) or cannot be collated, naming the ids.
+    Raises InputError where an item is not (inputs, targets) or cannot be collated, naming the ids. What the dataset itself raises is
+    passed on: a file that cannot be read is nothing that the user typed.
     """
+    items = [dataset[int(i)] for i in ids]
     try:
-        items = [dataset[int(i)] for i in ids]
         inputs, targets = _two(problem.collate(items))
         targets = torch.as_tensor(targets)
     except Exception as error:

@@ -33,6 +33,8 @@ class Data:
     def __getitem__(self, i):
         if self.traps and multiprocessing.parent_process() is not None:
             spring(Path(self.traps), i)
+            if (Path(self.traps) / f"nan-{i}").exists():
+                return self.x[i] * torch.nan, self.y[i]
         return self.x[i], self.y[i]
 
 def spring(folder, i):
@@ -65,7 +67,7 @@ class Tiny(tda.Problem):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for i in order.tolist():
-            x, y = dataset[i]
+            x, y = dataset.x[i], dataset.y[i]
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[None].to(next(model.parameters()).dtype)), y[None]).backward()
             optimizer.step()
@@ -100,13 +102,15 @@ def attribute(config: Path, store: str, *overrides: str):
     import tda
     from flows.attribute import attribute_run
 
-    summary = attribute_run(load_config(config, overrides, store), str(config))
+    summary = attribute_run(load_config(config, overrides, store), f"tda run {config}")
     return summary, tda.open_run(store, summary.run_id)
 
 
-def command(*arguments: str, environment: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:
-    """The command `tda`, as a process of its own."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | (environment or {})
+def command(*arguments: str, own_api: bool = False, marker: str = "", **options) -> subprocess.Popen[str]:
+    """The command `tda`, as a process of its own; own_api: with a Prefect API of its own; marker: for `left_behind`."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TDA_TEST": marker}
+    if own_api:
+        del env["PREFECT_API_URL"]
     return subprocess.Popen([TDA, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 

@@ -43,7 +43,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     found: list[object] = []
 
-    def attribute_run(config: object, config_path: str) -> object:
+    def attribute_run(config: object, command: str) -> object:
         if isinstance(found[0], BaseException):
             raise found[0]
         return found[0]

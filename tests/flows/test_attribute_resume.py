@@ -1,0 +1,182 @@
+"""Whatever is killed and whenever, the same command finishes the run; what was done is not done again; what fails is told in one line."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tda
+from flows.attribute import RunFailed
+from tda.errors import InputError
+from tests.flows.runs import CONFIG, attribute, command, digests, finished, left_behind, manifests, objects, reads, write_config
+
+KILLS = 5
+LOCAL = '[cluster]\nworkers = 2\nmemory_limit = "2GB"\n'
+
+
+@pytest.fixture
+def traps(tmp_path: Path) -> Path:
+    folder = tmp_path / "traps"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, traps: Path) -> Path:
+    # Half of the training examples per shard of the tests of whole runs: many places to be killed at.
+    text = CONFIG.replace("shard_size = 2", f'shard_size = 2\nproblem_options = {{traps = "{traps}"}}')
+    return write_config(tmp_path / "config", text + LOCAL)
+
+
+@pytest.fixture
+def undisturbed(config: Path, cluster: str, tmp_path: Path) -> tda.results.Run:
+    return attribute(config, f"{tmp_path}/undisturbed", cluster)[1]
+
+
+def wait_until(condition: Callable[[], bool], process: object = None, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        assert process is None or process.poll() is None, f"it has ended: {process.communicate()}"  # type: ignore[attr-defined]
+        time.sleep(0.01)
+
+
+def written(store: Path) -> int:
+    """How many whole objects a store holds."""
+    return sum(1 for file in store.rglob("*") if file.is_file() and not file.name.endswith(".partial"))
+
+
+def test_killed_again_and_again_a_run_ends_under_its_first_id_with_the_same_bytes(
+    config: Path, undisturbed: tda.results.Run, traps: Path, tmp_path: Path, prefect_api: None
+) -> None:
+    store, rng = tmp_path / "store", random.Random(0)  # noqa: S311
+    whole = written(tmp_path / "undisturbed")
+    (traps / "reads.log").unlink()
+    ids: set[str] = set()
+    for kill in range(KILLS):
+        # Each a little further: at once, then between any two objects that a run writes.
+        target = written(store) + rng.randrange(1, max(2, 2 * whole // KILLS)) if store.exists() else 1
+        process = command("run", config, "--store", store, marker=str(tmp_path), own_api=kill > 2)
+        wait_until(lambda target=target, process=process: written(store) >= target or process.poll() is not None)  # type: ignore[misc]
+        process.kill()
+        process.communicate()
+        ids |= set(manifests(store))
+        wait_until(lambda: not left_behind(str(tmp_path)), seconds=20)
+        assert kill < KILLS - 1 or ids, "the last kill is late enough for a manifest"
+    status, out, err = finished(command("run", config, "--store", store))
+    assert status == 0, err
+    ids |= set(manifests(store))
+    assert len(ids) == 1, "every try took up the same run"
+    if any(ids):
+        assert f"run      {ids.copy().pop()}" in out
+    assert digests(tda.open_run(store)) == digests(undisturbed)
+    assert not [name for name in objects(f"file://{store}/artifacts") if "/partial/" in name]
+
+
+def test_a_killed_run_does_not_redo_the_shards_that_it_had_finished(
+    config: Path, traps: Path, tmp_path: Path, undisturbed: tda.results.Run, prefect_api: None
+) -> None:
+    store = tmp_path / "store"
+    (traps / "slow").touch()
+    process = command("run", config, "--store", store)
+    wait_until(lambda: len(list(store.glob("runs/*/receipts/scores/*.json"))) >= 5, process, seconds=120)
+    process.kill()
+    process.communicate()
+    (traps / "slow").unlink()
+    receipts = {file: file.stat().st_mtime_ns for file in store.glob("runs/*/receipts/scores/*.json")}
+    done = {int(file.name[:6]) for file in receipts if file.name.endswith("-000000.json")}
+    time.sleep(0.5)  # a worker in the middle of a shard may still finish it
+    (traps / "reads.log").unlink()
+    status, _, err = finished(command("run", config, "--store", store))
+    assert status == 0, err
+    assert "resuming run" in err
+    assert "covariances" not in err, "no fit"
+    assert {file: file.stat().st_mtime_ns for file in receipts} == receipts
+    again = set(reads(traps))
+    assert again
+    blocks = 2
+    finished_shards = {shard for shard in done if sum(file.name.startswith(f"{shard:06d}") for file in receipts) == blocks}
+    # Example 0 is read when a model is opened.
+    assert not {example // 2 for example in again - {0}} & finished_shards
+    assert digests(tda.open_run(store)) == digests(undisturbed)
+
+
+@pytest.mark.parametrize("example", [0, 9, 22])
+def test_a_worker_that_dies_in_a_shard_costs_nothing_but_time(
+    config: Path, undisturbed: tda.results.Run, traps: Path, tmp_path: Path, cluster: str, example: int
+) -> None:
+    (traps / f"die-{example}").touch()
+    _, run = attribute(config, f"{tmp_path}/store", cluster)
+    assert not (traps / f"die-{example}").exists(), "it has sprung"
+    assert digests(run) == digests(undisturbed)
+
+
+def test_a_shard_that_always_fails_ends_the_run_with_one_line_and_the_way_on(
+    config: Path, undisturbed: tda.results.Run, traps: Path, tmp_path: Path, prefect_api: None
+) -> None:
+    store = tmp_path / "store"
+    (traps / "fail-9").touch()
+    status, _, err = finished(command("run", config, "--store", store, marker=str(tmp_path), own_api=True))
+    assert status == 1
+    told = [line for line in err.splitlines() if not line.endswith(" done")]
+    assert len(told) == 1, err
+    for words in ("stage 'covariances", "shard 4: RuntimeError: example 9 is cursed", f"kept in file://{store}", f"`tda run {config}"):
+        assert words in told[0]
+    assert not left_behind(str(tmp_path))
+    partial = list(store.glob("artifacts/factors/*/partial/covariance/0/*"))
+    kept = {file: file.stat().st_mtime_ns for file in partial}
+    assert kept, "the other shards are kept"
+    (traps / "fail-9").unlink()
+    resume = told[0].split("`")[1].split()
+    assert resume[:2] == ["tda", "run"]
+    status, _, err = finished(command(*resume[1:]))
+    assert status == 0, err
+    assert digests(tda.open_run(store)) == digests(undisturbed)
+
+
+def test_what_a_data_source_cannot_read_is_a_failed_run_and_not_wrong_input(
+    config: Path, traps: Path, tmp_path: Path, cluster: str
+) -> None:
+    (traps / "misread-9").touch()
+    with pytest.raises(RunFailed, match=r"shard 4: OSError: \[Errno 5\] Input/output error.*resumes it"):
+        attribute(config, f"{tmp_path}/store", cluster)
+
+
+@pytest.mark.parametrize(
+    ("methods", "stage"), [('[{name = "graddot"}]', "scores"), ('[{name = "ekfac", fisher = "exact"}]', r"covariances \(exact\)")]
+)
+def test_wrong_input_that_only_a_shard_can_see_names_example_and_shard(
+    config: Path, traps: Path, tmp_path: Path, cluster: str, methods: str, stage: str
+) -> None:
+    (traps / "nan-9").touch()
+    with pytest.raises(
+        InputError, match=f"the loss of train example 9 is nan.*stage '{stage}', shard 4; what is finished is kept in"
+    ) as caught:
+        attribute(config, f"{tmp_path}/store", cluster, f"methods={methods}")
+    assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_ends_a_run_with_one_line_no_orphans_and_the_same_command_resumes(
+    config: Path, undisturbed: tda.results.Run, traps: Path, tmp_path: Path, prefect_api: None
+) -> None:
+    store = tmp_path / "store"
+    (traps / "slow").touch()
+    process = command("run", config, "--store", store, marker=str(tmp_path), own_api=True, start_new_session=True)
+    wait_until(lambda: len(list(store.glob("artifacts/factors/*/partial/covariance/0/*"))) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+    begin = time.monotonic()
+    status, _, err = finished(process, timeout=30)
+    assert status == 130
+    assert time.monotonic() - begin < 20
+    told = [line for line in err.splitlines() if not line.endswith(" done")]
+    assert told == ["tda: interrupted; the same command resumes"]
+    assert not left_behind(str(tmp_path))
+    (traps / "slow").unlink()
+    status, _, err = finished(command("run", config, "--store", store))
+    assert status == 0, err
+    assert len(manifests(store)) == 1
+    assert digests(tda.open_run(store)) == digests(undisturbed)
