@@ -17,7 +17,7 @@ from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import layout, prepare, publish, scores
 from tasks.subject import Subject
-from tda import location
+from tda import location, schema
 from tda.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
         with embedded_api() as api:
             inputs = prepare.examine(request)
             storage.check_store(request.store)
+            _refuse_newer(request.store)
             with open_cluster(config.cluster.spec()) as client:
                 warming = stages.warm(client, request)
                 with api.used(), _given(Prepared(started, inputs, client)):
@@ -74,6 +75,13 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
             raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
         resume = f"`{command}`" if command else "the same run"
         raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
+
+
+def _refuse_newer(store: str) -> None:
+    """InputError where a newer version of this package writes to the store: its latest run shows, since ids begin with the time."""
+    names = location.list_names(location.join(store, "runs"))
+    for manifest in location.read_json_many([layout.run(store, name) + "/run.json" for name in names[-1:]]):
+        schema.check_version(manifest or {"schema_version": 0}, store)
 
 
 def request_of(config: RunConfig) -> prepare.Request:

@@ -29,7 +29,8 @@ def parse(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         state = load(data)
     except SafetensorError as error:
-        raise InputError(f"checkpoint {where} is not a safetensors file ({error}); save it with safetensors.torch.save_file") from error
+        said = f"checkpoint {where} is not a whole safetensors file ({error})"
+        raise InputError(f"{said}; copy it again, or save it with safetensors.torch.save_file") from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"checkpoint {where}: {name} holds NaN or infinite weights; take one from before the training diverged")

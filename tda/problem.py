@@ -97,9 +97,8 @@ def load_problem(spec: str, options: dict[str, Any] | None = None) -> Problem:
     kind = _problem_class(spec)
     missing = sorted(getattr(kind, "__abstractmethods__", ()))
     if missing:
-        raise InputError(
-            f"problem {spec!r}: {kind.__name__} lacks the required method{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
-        )
+        names = ", ".join(missing)
+        raise InputError(f"problem {spec!r}: {kind.__name__} lacks the required method{'s' * (len(missing) > 1)} {names}; define {names}")
     if not hasattr(kind, "likelihood"):
         raise InputError(f"problem {spec!r}: {kind.__name__} has no `likelihood`; add e.g. likelihood = tda.Categorical()")
     try:

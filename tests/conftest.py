@@ -1,5 +1,6 @@
 """Fixtures that every part of the tests may use: two S3 servers, one quick and mocked, one real."""
 
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ def moto_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of an empty bucket on moto's server: quick, right about conditional writes, but it checks no credentials."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # where Prefect is imported, it would print each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

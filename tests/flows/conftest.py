@@ -7,11 +7,13 @@ from distributed import Client
 
 from infra.cluster import ClusterSpec, open_cluster
 from infra.prefect_api import embedded_api
+from infra.settings import quiet_prefect
 
 
 @pytest.fixture(scope="session")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Prefect with an empty database, for this process and for those that it starts."""
+    quiet_prefect()  # before the first import of Prefect
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
     home = tmp_path_factory.mktemp("prefect")
