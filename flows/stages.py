@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.progress import Progress
 from infra import storage
-from infra.cluster import run_shards
+from infra.cluster import ShardFailed, run_shards
 from tasks import factors, layout, prepare, publish, scores, subject, training
 from tda import location
 
@@ -76,7 +76,18 @@ def train(request: prepare.Request, inputs: prepare.Inputs) -> bool:
 def fit(job: factors.FactorJob) -> bool:
     """Fit one set of factors; True where an earlier run had."""
     if layout.is_complete(job.url):
+        storage.delete_tree(location.join(job.url, "partial"))  # left where a run was killed right after its fit was complete
         return True
+    try:
+        _fit(job)
+    except ShardFailed:
+        # Another run at work on the same fit (or a worker that outlived a killed one) sweeps the partial sums once it is done.
+        if not layout.is_complete(job.url):
+            raise
+    return False
+
+
+def _fit(job: factors.FactorJob) -> None:
     run, kind = _SESSION.get().shards, job.fisher
     factors.create_factors(job)
     for sums, label in (("covariance", "covariances"), ("eigenvalues", "eigenvalues")):
@@ -87,7 +98,6 @@ def fit(job: factors.FactorJob) -> bool:
             count = len(subject.open_subject(job.subject).attributed.blocks)
             run(factors.decompose_layer, [(job, layer) for layer in range(count)], f"eigendecompositions ({kind})")
     run(factors.finish_factors, [job], f"finish factors ({kind})")
-    return False
 
 
 @_stage
@@ -112,6 +122,7 @@ def score(job: scores.ScoreJob) -> list[dict[str, Any]]:
 def finish(plan: prepare.Plan, run_url: str, manifest: dict[str, Any]) -> dict[str, Any]:
     """Verify every chunk, write the report, and turn the run complete."""
     here = _SESSION.get()
+    storage.sweep(run_url)
     here.shards(scores.verify_shard, [(plan.scores, shard) for shard in range(plan.scores.shape[0])], "verify")
     with here.progress.stage("report", 1) as advance:
         finished = publish.publish(plan, run_url, manifest | {"timings": here.timings})

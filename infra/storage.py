@@ -93,6 +93,17 @@ def delete_tree(url: str) -> None:
         _retried(url, lambda: _absent_is_fine(lambda: _s3().rm(path, recursive=True)))
 
 
+def sweep(url: str) -> None:
+    """Delete the temporary files that killed writers left below a folder; on S3 there are none, since every write is one PUT.
+
+    A writer still at work below the folder may lose its file: its write fails, and its shard is tried again.
+    """
+    protocol, path = split(url)
+    if protocol == "file":
+        for partial in Path(path).rglob(".*.partial"):
+            partial.unlink(missing_ok=True)
+
+
 def check_store(url: str) -> None:
     """Make sure that a run could write to a store, without creating it.
 

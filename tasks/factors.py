@@ -22,6 +22,7 @@ import zarr
 from torch import Tensor
 
 from infra import storage
+from tasks import layout
 from tasks.subject import Opened, Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location, schema
@@ -141,7 +142,9 @@ def create_factors(job: FactorJob) -> None:
     """Create the arrays of a fit; called once, before any task writes to them."""
     opened = open_subject(job.subject)
     url = location.join(job.url, "factors.zarr")
-    if location.exists(location.join(url, "zarr.json")):
+    # The group's own metadata come first: that they are there does not say that all arrays are.
+    created = location.join(job.url, "partial", "created.json")
+    if location.exists(created):
         return
     group = location.open_group(url, "a")
     group.attrs.update({"schema_version": schema.SCHEMA_VERSION, "fisher": job.fisher, "examples": job.examples})
@@ -149,9 +152,9 @@ def create_factors(job: FactorJob) -> None:
     for b, block in enumerate(opened.attributed.blocks):
         for name, shape in _shapes(block).items():
             path, attrs = f"layers/{b}/{name}", {"layer": block.name, "structure": block.structure}
-            if path not in group:
-                schema.create_array(group, path, shape, [1, *(min(n, 4096) for n in shape[1:])], attrs, dtype)
+            layout.ensure_array(group, path, shape, [1, *(min(n, 4096) for n in shape[1:])], attrs, dtype)
     location.seal(url)
+    storage.write_json(created, {})
 
 
 def _shapes(block: Block) -> dict[str, tuple[int, ...]]:
@@ -196,6 +199,7 @@ def finish_factors(job: FactorJob) -> dict[str, Any]:
             if not np.isfinite(np.asarray(_layer(group, b)[name][...])).all():
                 raise ArithmeticError(f"factors of layer {block.name}: {name} is not finite: the gradients overflow")
     marker = {"fisher": job.fisher, "examples": job.examples, "layers": [block.name for block in blocks]}
+    storage.sweep(job.url)
     storage.write_json(location.join(job.url, "complete.json"), marker)
     storage.delete_tree(location.join(job.url, "partial"))
     return {"seconds": time.perf_counter() - started}

@@ -142,7 +142,7 @@ def plan(request: Request, inputs: Inputs) -> Plan:
     opened = open_subject(subject)
     blocks = opened.attributed.blocks
     itemsize = torch.tensor([], dtype=opened.attributed.dtype).element_size()
-    batch = request.batch_size or sizes.batch_size(blocks, itemsize=itemsize)
+    batch = request.batch_size or sizes.batch_size(blocks, opened.attributed.outputs, itemsize=itemsize)
     shard = request.shard_size or sizes.shard_size(inputs.examples)
     # What every number of the run depends on.
     common = {

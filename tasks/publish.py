@@ -57,7 +57,7 @@ def coverage(attributed: Attributed) -> dict[str, Any]:
             "shape": [block.out * block.groups, block.in_],
             "positions": block.positions,
             "structure": block.structure,
-            "note": block.reason,
+            "note": block.remark,
         }
         for block in attributed.blocks
     ]
@@ -70,7 +70,7 @@ def notes(plan: Plan) -> list[str]:
     """What a reader of the scores should know."""
     blocks = open_subject(plan.subject).attributed.blocks
     said = [f"{b.name}: diagonal curvature ({b.size} parameters without Kronecker structure)" for b in blocks if b.structure == "diagonal"]
-    said += [f"{b.name}: {b.reason}" for b in blocks if b.direct]
+    said += [f"{b.name}: {b.remark}" for b in blocks if b.remark]
     if "sampled" in plan.fits:
         said.append('the Fisher\'s labels are sampled, one per example: its noise is not part of the scores; fisher = "exact" has none')
     return said

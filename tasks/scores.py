@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
+from tasks import layout
 from tasks.factors import fitted
 from tasks.subject import Opened, Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
@@ -151,17 +152,17 @@ def create_results(job: ScoreJob, labels: dict[str, np.ndarray | None], attrs: d
     m, n, q = len(methods), job.examples, job.queries
     if location.exists(location.join(job.receipts, "created.json")):
         return
-    group = location.open_group(job.results, "w")
+    group = location.open_group(job.results, "a")
     group.attrs.update({"schema_version": schema.SCHEMA_VERSION, **attrs})
-    schema.create_array(group, "influence", (m, q, n), (1, job.query_block, job.shard_size))
-    schema.create_array(group, "train_loss", (n,), (job.shard_size,))
-    schema.create_array(group, "query_measurement", (q,), (job.query_block,))
+    layout.ensure_array(group, "influence", (m, q, n), (1, job.query_block, job.shard_size))
+    layout.ensure_array(group, "train_loss", (n,), (job.shard_size,))
+    layout.ensure_array(group, "query_measurement", (q,), (job.query_block,))
     if job.self_influence:
-        schema.create_array(group, "self_influence", (m, n), (1, job.shard_size))
+        layout.ensure_array(group, "self_influence", (m, n), (1, job.shard_size))
     coordinates = {"method": np.array([method.title for method in methods], dtype=object), "train": np.arange(n), "query": np.arange(q)}
     coordinates |= {f"{split}_label": values for split, values in labels.items() if values is not None}
     for name, coordinate in coordinates.items():
-        array = schema.create_array(group, name, coordinate.shape)
+        array = layout.ensure_array(group, name, coordinate.shape)
         array[...] = coordinate
     location.seal(job.results)
     storage.write_json(location.join(job.receipts, "created.json"), {})

@@ -13,7 +13,8 @@ from flows.config import load_config
 from infra.cluster import ClusterSpec
 from tasks import prepare
 from tasks.subject import open_subject
-from tda import location, schema
+from tda import checkpoint, location, schema
+from tda.results import Run
 from tests.flows.runs import CONFIG, PROBLEM, attribute, digests, objects, write_config
 from tests.tda import pipeline
 
@@ -31,12 +32,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(config: Path, store: str, cluster: str) -> tda.results.Run:
+def run(config: Path, store: str, cluster: str) -> Run:
     return attribute(config, store, cluster)[1]
 
 
 @pytest.fixture(scope="module")
-def expected(config: Path, run: tda.results.Run) -> pipeline.Outcome:
+def expected(config: Path, run: Run) -> pipeline.Outcome:
     """The same numbers in memory, at the checkpoint that the run trained: neither tasks nor storage take part."""
     plan = planned(config, run.store)
     opened = open_subject(plan.subject)
@@ -55,7 +56,7 @@ def relative(found, wanted) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-def test_a_run_leaves_results_factors_manifest_and_report_and_nothing_half_done(run: tda.results.Run) -> None:
+def test_a_run_leaves_results_factors_manifest_and_report_and_nothing_half_done(run: Run) -> None:
     names = objects(run.store)
     for name in ("results.zarr/zarr.json", "run.json", "report.html"):
         assert f"runs/{run.id}/{name}" in names
@@ -69,7 +70,7 @@ def test_a_run_leaves_results_factors_manifest_and_report_and_nothing_half_done(
     assert b"</html>" in names[f"runs/{run.id}/report.html"]
 
 
-def test_every_stored_array_suits_the_schema(run: tda.results.Run) -> None:
+def test_every_stored_array_suits_the_schema(run: Run) -> None:
     results = location.open_group(f"{run.url}/results.zarr")
     schema.validate(results, sorted(results.array_keys()))
     assert set(results.array_keys()) == {
@@ -83,7 +84,7 @@ def test_every_stored_array_suits_the_schema(run: tda.results.Run) -> None:
         assert len(arrays) == 5 + 4 + 5, "two linear layers with two bases each, and the norm's scale and shift with one"
 
 
-def test_a_run_equals_the_same_numbers_computed_in_memory(run: tda.results.Run, expected: pipeline.Outcome) -> None:
+def test_a_run_equals_the_same_numbers_computed_in_memory(run: Run, expected: pipeline.Outcome) -> None:
     assert run.methods == list(METHODS)
     for m, method in enumerate(METHODS):
         assert relative(run.influence.loc[method], expected.influence[m]) < 1e-7, "but for the rounding to float32"
@@ -96,7 +97,7 @@ def test_a_run_equals_the_same_numbers_computed_in_memory(run: tda.results.Run, 
                 assert relative(group[name][...], getattr(factor, name)) < 1e-12
 
 
-def test_losses_measurements_and_labels_stand_beside_the_scores(run: tda.results.Run, config: Path) -> None:
+def test_losses_measurements_and_labels_stand_beside_the_scores(run: Run, config: Path) -> None:
     opened = open_subject(planned(config, run.store).subject)
     for data, stored, labels in ((opened.train, run.train_loss, "train_label"), (opened.query, run.query_measurement, "query_label")):
         x, y = torch.stack([data[i][0] for i in range(len(data))]), torch.stack([data[i][1] for i in range(len(data))])
@@ -105,7 +106,7 @@ def test_losses_measurements_and_labels_stand_beside_the_scores(run: tda.results
         assert run.influence[labels].values.tolist() == y.tolist()
 
 
-def test_a_run_states_what_it_covers_did_and_means(run: tda.results.Run) -> None:
+def test_a_run_states_what_it_covers_did_and_means(run: Run) -> None:
     told = json.loads(objects(run.url)["run.json"])
     assert told["complete"] is True
     assert told["schema_version"] == schema.SCHEMA_VERSION
@@ -132,7 +133,7 @@ def test_a_run_states_what_it_covers_did_and_means(run: tda.results.Run) -> None
         assert sum(shares.values()) == pytest.approx(1.0)
 
 
-def test_what_is_left_out_is_named_with_its_parameters(config: Path, store: str, cluster: str, run: tda.results.Run) -> None:
+def test_what_is_left_out_is_named_with_its_parameters(config: Path, store: str, cluster: str, run: Run) -> None:
     _, partial = attribute(config, store, cluster, 'exclude=["3"]')
     coverage = partial.manifest["coverage"]
     assert [(skipped["name"], skipped["parameters"]) for skipped in coverage["skipped"]] == [("3.weight", 15), ("3.bias", 3)]
@@ -141,7 +142,7 @@ def test_what_is_left_out_is_named_with_its_parameters(config: Path, store: str,
 
 
 def test_the_same_bytes_from_one_worker_from_two_and_when_repeated(
-    config: Path, run: tda.results.Run, cluster: str, single: str, tmp_path: Path
+    config: Path, run: Run, cluster: str, single: str, tmp_path: Path
 ) -> None:
     for name, where in (("again", cluster), ("single", single)):
         assert digests(attribute(config, f"{tmp_path}/{name}", where)[1]) == digests(run), name
@@ -149,7 +150,7 @@ def test_the_same_bytes_from_one_worker_from_two_and_when_repeated(
 
 @pytest.mark.parametrize("sizes", [("shard_size=23", "batch_size=23"), ("shard_size=5", "batch_size=2"), ("shard_size=7", "query_block=1")])
 def test_other_shards_batches_and_blocks_agree_to_the_last_digits(
-    config: Path, store: str, run: tda.results.Run, cluster: str, sizes: tuple[str, ...]
+    config: Path, store: str, run: Run, cluster: str, sizes: tuple[str, ...]
 ) -> None:
     _, other = attribute(config, store, cluster, *sizes)
     assert relative(other.influence, run.influence) < 2e-7, "float32 storage"
@@ -163,7 +164,7 @@ def test_other_shards_batches_and_blocks_agree_to_the_last_digits(
 
 
 def test_a_second_run_reuses_everything_and_says_so(
-    config: Path, store: str, run: tda.results.Run, cluster: str, capsys: pytest.CaptureFixture[str]
+    config: Path, store: str, run: Run, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = objects(f"{store}/artifacts")
     summary, second = attribute(config, store, cluster)
@@ -175,7 +176,7 @@ def test_a_second_run_reuses_everything_and_says_so(
     assert objects(f"{store}/artifacts") == before
 
 
-def test_another_damping_makes_new_directions_and_refits_nothing(config: Path, store: str, run: tda.results.Run, cluster: str) -> None:
+def test_another_damping_makes_new_directions_and_refits_nothing(config: Path, store: str, run: Run, cluster: str) -> None:
     _, other = attribute(config, store, cluster, "methods.2.damping=0.1")
     assert other.manifest["reused"] == {"checkpoint": True, "factors (sampled)": True, "factors (exact)": True, "directions": False}
     assert other.manifest["fingerprints"]["factors"] == run.manifest["fingerprints"]["factors"]
@@ -183,9 +184,7 @@ def test_another_damping_makes_new_directions_and_refits_nothing(config: Path, s
     assert relative(other.influence.loc["ekfac"], run.influence.loc["ekfac"]) > 1e-3
 
 
-def test_another_seed_redraws_sampled_labels_and_leaves_the_exact_fisher(
-    config: Path, store: str, run: tda.results.Run, cluster: str
-) -> None:
+def test_another_seed_redraws_sampled_labels_and_leaves_the_exact_fisher(config: Path, store: str, run: Run, cluster: str) -> None:
     weights = f"{store}/artifacts/checkpoint/{next(iter(location.list_names(f'{store}/artifacts/checkpoint')))}/weights.safetensors"
     _, first = attribute(config, store, cluster, f"checkpoint={weights}")
     assert first.manifest["reused"] == {"factors (sampled)": True, "factors (exact)": True, "directions": True}, "the bytes count"
@@ -194,15 +193,13 @@ def test_another_seed_redraws_sampled_labels_and_leaves_the_exact_fisher(
     assert relative(other.influence.loc["kfac"], run.influence.loc["kfac"]) > 1e-3
 
 
-def test_another_checkpoint_refits_even_at_the_same_place(
-    config: Path, store: str, run: tda.results.Run, cluster: str, tmp_path: Path
-) -> None:
+def test_another_checkpoint_refits_even_at_the_same_place(config: Path, store: str, run: Run, cluster: str, tmp_path: Path) -> None:
     file, problem = tmp_path / "weights.safetensors", open_subject(planned(config, store).subject).attributed
-    file.write_bytes(tda.checkpoint.dump(problem.model))
+    file.write_bytes(checkpoint.dump(problem.model))
     assert attribute(config, store, cluster, f"checkpoint={file}")[1].manifest["reused"]["factors (exact)"] is True
     with torch.no_grad():
         next(problem.model.parameters()).mul_(1.5)
-    file.write_bytes(tda.checkpoint.dump(problem.model))
+    file.write_bytes(checkpoint.dump(problem.model))
     _, other = attribute(config, store, cluster, f"checkpoint={file}")  # the very workers that have opened the old one
     assert other.manifest["reused"] == {"factors (sampled)": False, "factors (exact)": False, "directions": False}
     x, y = problem.problem.query_data()[0]
@@ -210,7 +207,7 @@ def test_another_checkpoint_refits_even_at_the_same_place(
     assert float(other.query_measurement[0]) == pytest.approx(float(loss), rel=1e-6)
 
 
-def test_an_edited_problem_is_another_problem(store: str, run: tda.results.Run, cluster: str, tmp_path: Path) -> None:
+def test_an_edited_problem_is_another_problem(store: str, run: Run, cluster: str, tmp_path: Path) -> None:
     config = write_config(tmp_path)
     assert all(attribute(config, store, cluster)[1].manifest["reused"].values()), "where the file lies does not matter"
     write_config(tmp_path, problem=PROBLEM.replace("nn.Tanh()", "nn.ReLU()"))
@@ -239,14 +236,14 @@ def test_digits_run_in_float32_and_bfloat16_products_name_their_precision(cluste
     assert "data:image" in page
 
 
-def test_a_flow_that_a_schedule_starts_prepares_itself(config: Path, store: str, run: tda.results.Run, cluster: str) -> None:
+def test_a_flow_that_a_schedule_starts_prepares_itself(config: Path, store: str, run: Run, cluster: str) -> None:
     from flows.attribute import attribute as flow
 
     found = flow(load_config(config, [cluster], store).model_dump(mode="json"))
     assert found.reused == ["checkpoint", "factors (sampled)", "factors (exact)", "directions"]
 
 
-def test_a_local_cluster_is_as_good(config: Path, run: tda.results.Run, prefect_api: None, tmp_path: Path) -> None:
+def test_a_local_cluster_is_as_good(config: Path, run: Run, prefect_api: None, tmp_path: Path) -> None:
     loaded = load_config(config, ["cluster.workers=1"], f"{tmp_path}/store")
     assert loaded.cluster.spec() == ClusterSpec("local", workers=1)
     summary = attribute_run(loaded)
