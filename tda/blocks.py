@@ -12,6 +12,7 @@ too large, the left basis stays the identity and the block is a diagonal (struct
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,6 +24,8 @@ Form = Literal["linear", "transposed", "conv", "embedding", "vector"]
 
 #: Up to this many parameters, a block without Kronecker structure keeps its full matrix; its eigendecomposition is then seconds.
 EXACT_LIMIT = 1024
+#: A Kronecker side wider than this (a vocabulary) keeps its own coordinates: its covariance alone would be gigabytes.
+WIDEST_BASIS = 16384
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,20 @@ class Block:
     @property
     def rotates_out(self) -> bool:
         """Whether the output side has an eigenbasis (else it stays in its own coordinates)."""
-        return self.structure != "diagonal"
+        return self.structure != "diagonal" and self.out <= WIDEST_BASIS
 
     @property
     def rotates_in(self) -> bool:
         """Whether the input side has an eigenbasis: not for embeddings (one-hot inputs have a diagonal covariance) nor for columns."""
-        return self.structure == "kronecker"
+        return self.structure == "kronecker" and self.in_ <= WIDEST_BASIS
+
+    @property
+    def remark(self) -> str:
+        """What is unusual in how the block is treated, for people; empty where nothing is."""
+        wide = [str(n) for n in (self.out, self.in_) if self.structure == "kronecker" and n > WIDEST_BASIS]
+        if wide and not self.reason:
+            return f"a side of {' and '.join(wide)} is too wide for an eigenbasis: it keeps its own coordinates"
+        return self.reason
 
 
 @dataclass(frozen=True)
@@ -136,3 +147,18 @@ def to_parameters(block: Block, matrix: Tensor) -> dict[str, Tensor]:
     if block.form in ("transposed", "embedding"):
         matrix = matrix.squeeze(-3).transpose(-1, -2)
     return {block.weight: matrix.reshape(*lead, *block.shapes[0]), **found}
+
+
+def example_gradients(block: Block, pairs: Sequence[Pair]) -> Tensor:
+    """Per-example gradients (batch, groups, out, in) of a block, summed over positions and uses."""
+    total: Tensor | None = None
+    for pair in pairs:
+        if pair.one_hot:
+            matrix = pair.left.new_zeros(len(pair.right), block.in_, block.out)
+            matrix.scatter_add_(1, pair.right[..., None].expand(-1, -1, block.out), pair.left[0])
+            each = matrix.transpose(1, 2)[:, None]
+        else:
+            each = torch.einsum("gbto,gbti->bgoi", pair.left, pair.right)
+        total = each if total is None else total + each
+    assert total is not None
+    return total

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tda.blocks import Block, Pair, to_matrix
-from tda.operations import BINDERS, MATRIX, Call, Layout, conv_rows, embedding_ids, embedding_rows, linear_rows, vector_gradient
+from tda.errors import InputError
+from tda.operations import BINDERS, MATRIX, Call, Layout, conv_rows, embedding_ids, embedding_rows, fits, linear_rows, vector_gradient
 from tda.problem import Batch, Problem
 
 
@@ -30,6 +31,7 @@ class Recorder(TorchFunctionMode):
         self._batch = batch
         self.calls: list[tuple[str | None, str | None, Call]] = []
         self.unknown: dict[str, str] = {}
+        self.outputs = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -72,18 +74,38 @@ class Tape:
     """A recorded forward pass: `outputs` (batch, ...), and per-example gradients for any gradient of the outputs."""
 
     def __init__(
-        self, problem: Problem, model: nn.Module, blocks: Sequence[Block], layouts: dict[str, Layout], batch: Batch, size: int
+        self, problem: Problem, model: nn.Module, blocks: Sequence[Block], layouts: dict[str, Layout], batch: Batch, unused: Sequence[str]
     ) -> None:
-        self._problem, self._model, self._blocks, self._layouts, self._batch, self.size = problem, model, blocks, layouts, batch, size
+        self._problem, self._model, self._blocks, self._layouts, self._batch = problem, model, blocks, layouts, batch
+        self.size = size = len(batch.targets)
         parameters = dict(model.named_parameters())
-        watched = {n: parameters[n] for b in blocks if not b.direct for n in b.parameters}
+        watched = {n: parameters[n] for n in (*(n for b in blocks if not b.direct for n in b.parameters), *unused)}
         mask = problem.mask(batch)
         self._mask = None if mask is None else mask.reshape(size, -1)
         with torch.enable_grad(), Recorder(watched, size) as recorder:
             self.outputs = problem.predict(model, batch)
+        problem.likelihood.check(self.outputs.detach(), batch.targets)
         self._calls: dict[str, list[Call]] = {}
         for weight, bias, call in recorder.calls:
             self._calls.setdefault(weight or bias or "", []).append(call)
+        self._check(recorder)
+
+    def _check(self, recorder: Recorder) -> None:
+        """What inspection found must hold for this batch too: a branch that only some examples take would be lost silently."""
+        keys = {block.weight or block.bias or "": block for block in self._blocks if not block.direct}
+        for name, operation in recorder.unknown.items():
+            raise InputError(f"some examples use {name} by {operation}, which the first ones do not; put it in `exclude`")
+        for key, calls in self._calls.items():
+            if key not in keys:
+                raise InputError(f"some examples use {key}, which the first ones do not; put it in `exclude`")
+            layout = self._layouts.get(keys[key].name, Layout())
+            if not all(fits(call, layout, self.size) for call in calls):
+                raise InputError(f"some examples use {key} in another layout than the first ones (packed rows?); put it in `exclude`")
+
+    def measurement(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The problem's measurement; one that the user wrote is given outputs in the model's own dtype."""
+        own = type(self._problem).measurement is not Problem.measurement
+        return self._problem.measurement(outputs.to(self.outputs.dtype) if own else outputs, targets)
 
     @property
     def precise(self) -> Tensor:
@@ -127,7 +149,7 @@ class Tape:
         elif call.op == "embedding":
             left, right = embedding_rows(call, gradient, layout, self.size)
             if block.form != "embedding":  # tied with a linear layer: rows of the weight are the one-hot side
-                side, one_hot = "right", torch.nn.functional.one_hot(right, block.out).to(left.dtype)[None]
+                side, one_hot = "right", left.new_zeros(*left.shape[:3], block.out).scatter_(-1, right[None, ..., None], 1.0)
                 left, right = one_hot, torch.nn.functional.pad(left, (0, block.in_ - left.shape[-1]))
         else:
             left, right = linear_rows(call, gradient, layout, self.size)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda.blocks import Block, Pair
+from tda.blocks import Block, Pair, example_gradients
 from tda.costs import gram_form, rows_smaller
 from tda.data import batches
 from tda.errors import InputError
-from tda.modules import Attributed, example_gradients
+from tda.modules import Attributed
 from tda.products import Products, fast_float32, matmul
 
 
@@ -70,11 +70,12 @@ def scorable(direction: Direction, block: Block) -> Direction:
     return direction
 
 
-def scaled(direction: Direction, by: float) -> Direction:
-    """The direction times a number."""
+def scaled(direction: Direction, by: float | Tensor) -> Direction:
+    """The direction times a number, or a number per query (query,)."""
+    by = torch.as_tensor(by)
     if isinstance(direction, Dense):
-        return Dense(direction.matrix * by)
-    return Factored(direction.left * by, direction.right)
+        return Dense(direction.matrix * by.to(direction.matrix).view(-1, 1, 1, 1))
+    return Factored(direction.left * by.to(direction.left).view(-1, 1, 1, 1), direction.right)
 
 
 def inner(direction: Direction, block: Block, pairs: Sequence[Pair], gradients: Tensor | None, products: Products = "full") -> Tensor:
@@ -123,10 +124,10 @@ def query_gradients(attributed: Attributed, dataset: Any, ids: Sequence[int], *,
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
             tape = attributed.tape(batch)
-            measured = attributed.problem.measurement(tape.precise, batch.targets).to(attributed.dtype)
+            measured = tape.measurement(tape.precise, batch.targets).to(attributed.dtype)
             check_finite(measured, part, "measurement of query")
             values.append(measured)
-            pairs = tape.pairs(tape.seed(attributed.problem.measurement))
+            pairs = tape.pairs(tape.seed(tape.measurement))
             found.append([_gradient(block, p) for block, p in zip(attributed.blocks, pairs, strict=True)])
     # Parts are let go as they are joined: both together would be twice the memory.
     return [_join([part.pop(0) for part in found]) for _ in attributed.blocks], torch.cat(values)
@@ -161,6 +162,6 @@ def _join(parts: Sequence[Direction]) -> Direction:
 
 
 def squared_norms(direction: Direction) -> Tensor:
-    """||V_q||^2, (query,)."""
+    """||V_q||^2, (query,), in float64: squares of small gradients would underflow in float32."""
     count = len(direction.matrix) if isinstance(direction, Dense) else len(direction.left)
-    return torch.stack([dense(take(direction, slice(q, q + 1))).square().sum() for q in range(count)])
+    return torch.stack([dense(take(direction, slice(q, q + 1))).double().square().sum() for q in range(count)])

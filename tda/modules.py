@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tda.blocks import Block, Pair, to_matrix, vector_block
-from tda.capture import Recorder, Tape, example
+from tda.blocks import Block, vector_block
+from tda.capture import Recorder, Tape
 from tda.data import load_batch
 from tda.errors import InputError, cause
-from tda.operations import MATRIX, Call, Layout
+from tda.operations import MATRIX, Call, Layout, fits
 from tda.problem import Batch, Problem
+from tda.selfcheck import check_losses, gradient_errors
+
+UNUSED = "not used in the forward pass"
 
 #: A use of a parameter: the name of the bias with it, and the call as recorded for two and for three examples.
 Use = tuple[str | None, Call, Call]
@@ -38,7 +41,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Attributed:
-    """A problem's model at a checkpoint, cut into blocks; `total` counts all its parameters."""
+    """A problem's model at a checkpoint, cut into blocks; `total` counts all its parameters, `outputs` the outputs of one example."""
 
     problem: Problem
     model: nn.Module
@@ -47,6 +50,7 @@ class Attributed:
     skipped: tuple[Skipped, ...]
     total: int
     dtype: torch.dtype
+    outputs: int = 1
 
     @property
     def share(self) -> float:
@@ -58,8 +62,12 @@ class Attributed:
         return load_batch(self.problem, dataset, ids, dtype=self.dtype, device=next(self.model.parameters()).device)
 
     def tape(self, batch: Batch) -> Tape:
-        """A recorded forward pass of a batch."""
-        return Tape(self.problem, self.model, self.blocks, self.layouts, batch, len(batch.targets))
+        """A recorded forward pass of a batch.
+
+        Raises InputError where the batch uses a parameter otherwise than the examples that were inspected did.
+        """
+        unused = [s.name for s in self.skipped if s.reason == UNUSED]
+        return Tape(self.problem, self.model, self.blocks, self.layouts, batch, unused)
 
 
 def inspect(
@@ -72,6 +80,8 @@ def inspect(
     """
     model.eval()
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if dtype not in (torch.float32, torch.float64):
+        raise InputError(f'the model is {str(dtype).removeprefix("torch.")}, too coarse for gradients; set dtype = "float32" in the config')
     parameters = dict(model.named_parameters())
     chosen, skipped = _select(parameters, modules, exclude)
     n = len(dataset)
@@ -83,14 +93,14 @@ def inspect(
     hidden = _hidden(problem, model, {name: tensor for name, tensor in chosen.items() if name not in named}, pair)
     blocks += [_direct(chosen, name, "used out of sight of torch functions") for name in hidden]
     named |= set(hidden)
-    skipped += [Skipped(n, p.numel(), "not used in the forward pass") for n, p in chosen.items() if n not in named]
+    skipped += [Skipped(n, p.numel(), UNUSED) for n, p in chosen.items() if n not in named]
     order = {name: i for i, name in enumerate(parameters)}
     blocks.sort(key=lambda block: order[block.parameters[0]])
     if not blocks:
         raise InputError(f"no parameter is left to attribute: {'; '.join(f'{s.name}: {s.reason}' for s in skipped[:5])}; widen `modules`")
     total = sum(p.numel() for p in parameters.values())
-    attributed = Attributed(problem, model, tuple(blocks), layouts, tuple(skipped), total, dtype)
-    return _verify(attributed, pair)
+    attributed = Attributed(problem, model, tuple(blocks), layouts, tuple(skipped), total, dtype, few.outputs // 2)
+    return _verified(attributed, pair)
 
 
 def _select(parameters: Mapping[str, Tensor], modules: Sequence[str], exclude: Sequence[str]) -> tuple[dict[str, Tensor], list[Skipped]]:
@@ -101,7 +111,8 @@ def _select(parameters: Mapping[str, Tensor], modules: Sequence[str], exclude: S
     for pattern in (*modules, *exclude):
         if not any(matches(name, pattern) for name in parameters):
             near = difflib.get_close_matches(pattern, {n.rpartition(".")[0] or n for n in parameters}, n=3, cutoff=0.3)
-            raise InputError(f"pattern {pattern!r} matches no module or parameter; try e.g. {', '.join(near or list(parameters)[:3])}")
+            some = ", ".join(near or list(parameters)[:3]) or "a model that has parameters"
+            raise InputError(f"pattern {pattern!r} matches no module or parameter; try e.g. {some}")
     chosen, skipped = {}, []
     for name, tensor in parameters.items():
         if not any(matches(name, p) for p in modules):
@@ -129,6 +140,7 @@ def _record(problem: Problem, model: nn.Module, chosen: dict[str, Tensor], batch
     if not isinstance(outputs, Tensor):
         raise InputError(f"predict(model, batch) must return a tensor of outputs, got {type(outputs).__name__}; define Problem.predict")
     problem.likelihood.check(outputs.detach(), batch.targets)
+    recorder.outputs = outputs.numel()
     return recorder  # type: ignore[no-any-return]  # the mode's __enter__ is untyped
 
 
@@ -155,8 +167,12 @@ def _classify(chosen: dict[str, Tensor], few: Recorder, more: Recorder) -> tuple
             owners.setdefault(bias or "", set()).add(key)
     blocks, layouts = [], {}
     unknown = {**few.unknown, **more.unknown}
+    modules = [key.rpartition(".")[0] for key in (*uses, *unknown)]
     for key, calls in uses.items():
-        block, layout, reason = _block(chosen, key, calls)
+        module, _, last = key.rpartition(".")
+        # A block is called as its module unless the module has another one.
+        name = module if module and last in ("weight", "bias") and modules.count(module) == 1 else key
+        block, layout, reason = _block(chosen, name, key, calls)
         names = {key} | {bias for bias, _, _ in calls if bias}
         if bad := names & unknown.keys():
             reason = f"also used by {unknown[min(bad)]}"
@@ -173,7 +189,7 @@ def _classify(chosen: dict[str, Tensor], few: Recorder, more: Recorder) -> tuple
     return blocks, layouts
 
 
-def _block(chosen: dict[str, Tensor], key: str, calls: Sequence[Use]) -> tuple[Block | None, Layout | None, str]:
+def _block(chosen: dict[str, Tensor], name: str, key: str, calls: Sequence[Use]) -> tuple[Block | None, Layout | None, str]:
     """The block of the parameter `key`, where its examples are, or why it cannot be one."""
     ops, biases = {a.op for _, a, _ in calls}, {bias for bias, _, _ in calls}
     layouts = {_layout(a, b) for _, a, b in calls}
@@ -184,8 +200,6 @@ def _block(chosen: dict[str, Tensor], key: str, calls: Sequence[Use]) -> tuple[B
     bias = next((b for b in biases if b), None)
     names = tuple(n for n in ((None if key == bias else key), bias) if n)
     shapes = tuple(tuple(chosen[n].shape) for n in names)
-    module, _, last = key.rpartition(".")
-    name = module if module and last in ("weight", "bias") else key
     if ops & MATRIX:
         block = _matrix_block(name, key, bias, shapes, chosen[key], calls)
     else:
@@ -225,7 +239,8 @@ def _layout(few: Call, more: Call) -> Layout | None:
         # A scale or shift along the batch axis itself would be shared by position in the batch.
         reach = few.weight.ndim if few.weight is not None and few.op in ("scale", "shift") and not few.options.get("channels") else 0
         return Layout(d) if d < a.ndim - reach or few.weight is None or (few.weight.shape[d - a.ndim] == 1 and d == 0) else None
-    return Layout(0, folded=True) if d == 0 and a.shape[0] * 3 == b.shape[0] * 2 and few.op in ("addmm", "linear") else None
+    folded = Layout(0, folded=True)
+    return folded if few.op in ("addmm", "linear") and fits(few, folded, 2) and fits(more, folded, 3) else None
 
 
 def _direct(chosen: Mapping[str, Tensor], name: str, why: str) -> Block:
@@ -233,85 +248,25 @@ def _direct(chosen: Mapping[str, Tensor], name: str, why: str) -> Block:
     return vector_block(name, "direct", name, None, (tuple(chosen[name].shape),), direct=True, reason=reason)
 
 
-def _verify(attributed: Attributed, batch: Batch) -> Attributed:
-    """The same with every block's captured gradient checked against autograd, and its number of positions filled in."""
-    problem, tolerance = attributed.problem, 1e-6 if attributed.dtype == torch.float64 else 2e-3
-    losses, truths = zip(*(_single(attributed, example(batch, i, 2)) for i in range(2)), strict=True)
-    tape = attributed.tape(batch)
-    together = problem.likelihood.loss(tape.outputs.detach(), batch.targets)
-    if together.shape != (2,):
-        raise InputError(
-            f"the loss must be one number per example, shape (2,) for a batch of 2, got {tuple(together.shape)}; do not average"
-        )
-    measured = problem.measurement(tape.outputs.detach(), batch.targets)
-    if measured.shape != (2,):
-        raise InputError(f"the measurement must be one number per example, shape (2,) for a batch of 2, got {tuple(measured.shape)}")
-    for i in range(2):
-        if not bool(torch.isfinite(together[i])):
-            raise InputError(f"the loss of train example {i} is {float(together[i])}; mend the example or the model's outputs")
-        if abs(float(together[i]) - losses[i]) > tolerance * (1 + abs(losses[i])):
-            raise InputError(
-                f"the loss of train example {i} is {losses[i]:.6g} alone and {float(together[i]):.6g} in a batch of 2: "
-                f"it depends on the other examples{_batch_statistics(attributed.model)}; "
-                "use running statistics or per-example normalisation"
-            )
-    scale = max(float(torch.sqrt(sum((g.square().sum() for g in t.values()), torch.zeros(())))) for t in truths)
+def _verified(attributed: Attributed, batch: Batch) -> Attributed:
+    """The same with every block's captured gradient checked against autograd, and its number of positions filled in.
+
+    A block whose gradient differs becomes direct, and is checked again; a direct block that differs is refused.
+    """
+    check_losses(attributed, batch)
+    tolerance = 1e-6 if attributed.dtype == torch.float64 else 2e-3
+    parameters = dict(attributed.model.named_parameters())
     blocks = []
-    for block, pairs in zip(attributed.blocks, tape.pairs(tape.seed(problem.likelihood.loss)), strict=True):
-        checked = replace(block, positions=max(sum(p.positions for p in pairs), 1))
-        captured = example_gradients(checked, pairs)
-        truth = torch.stack([to_matrix(block, t) for t in truths])
-        error = float((captured - truth).norm() / (truth.norm() + 1e-6 * scale + 1e-30))
+    for block, error, positions in gradient_errors(attributed, batch):
         if error <= tolerance:
-            blocks.append(checked)
+            blocks.append(replace(block, positions=positions))
         elif block.direct:
             raise InputError(
                 f"{block.name} has no per-example gradient ({block.reason}; in a batch it differs by {error:.1e}); `exclude` it"
             )
         else:
-            parameters = dict(attributed.model.named_parameters())
             why = f"its captured gradient differs from autograd's by {error:.1e}"
             blocks += [_direct(parameters, name, why) for name in block.parameters]
     again = replace(attributed, blocks=tuple(blocks))
-    # A block that became direct is itself to be verified.
     changed = sum(b.direct for b in blocks) != sum(b.direct for b in attributed.blocks)
-    return _verify(again, batch) if changed else again
-
-
-def _single(attributed: Attributed, batch: Batch) -> tuple[float, dict[str, Tensor]]:
-    names = [n for block in attributed.blocks for n in block.parameters]
-    parameters = dict(attributed.model.named_parameters())
-    with torch.enable_grad():
-        try:
-            outputs = attributed.problem.predict(attributed.model, batch)
-        except Exception as error:
-            raise InputError(
-                f"predict(model, batch) failed on a single example: {cause(error)}"
-                f"{_batch_statistics(attributed.model)}; use running statistics or per-example normalisation"
-            ) from error
-        loss = attributed.problem.likelihood.loss(outputs, batch.targets)
-        found: Sequence[Tensor | None] = torch.autograd.grad(loss.sum(), [parameters[n] for n in names], allow_unused=True)
-    dense = [torch.zeros_like(parameters[n]) if g is None else g.to_dense() for n, g in zip(names, found, strict=True)]
-    return float(loss.detach().sum()), dict(zip(names, dense, strict=True))
-
-
-def _batch_statistics(model: nn.Module) -> str:
-    """The modules that normalise by the batch they are in, as part of a sentence."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds) and module.running_mean is None]
-    return f" (batch statistics in {', '.join(names)})" if names else ""
-
-
-def example_gradients(block: Block, pairs: Sequence[Pair]) -> Tensor:
-    """Per-example gradients (batch, groups, out, in) of a block, summed over positions and uses."""
-    total: Tensor | None = None
-    for pair in pairs:
-        if pair.one_hot:
-            matrix = pair.left.new_zeros(len(pair.right), block.in_, block.out)
-            matrix.scatter_add_(1, pair.right[..., None].expand(-1, -1, block.out), pair.left[0])
-            each = matrix.transpose(1, 2)[:, None]
-        else:
-            each = torch.einsum("gbto,gbti->bgoi", pair.left, pair.right)
-        total = each if total is None else total + each
-    assert total is not None
-    return total
+    return _verified(again, batch) if changed else again

@@ -121,6 +121,20 @@ BINDERS: dict[str, Callable[..., Call | None]] = {
 MATRIX = frozenset({"linear", "addmm", "conv", "embedding"})
 
 
+def fits(call: Call, layout: Layout, batch: int) -> bool:
+    """Whether a call has its examples where `layout` says.
+
+    Rows that are folded count only where they are a view of a tensor whose first axis is the batch: rows picked out by a mask, say, may
+    by chance be a multiple of the batch, and belong to the examples in another way.
+    """
+    output, rows = call.output, call.input
+    assert output is not None
+    if not layout.folded:
+        return output.ndim > layout.axis and output.shape[layout.axis] == batch
+    base = getattr(rows, "_base", None)
+    return base is not None and base.ndim > rows.ndim and base.shape[0] == batch and rows.shape[0] % batch == 0
+
+
 def position_rows(x: Tensor, layout: Layout, batch: int) -> Tensor:
     """(..., features) with the batch axis where `layout` says -> (batch, positions, features)."""
     if layout.folded:

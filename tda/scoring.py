@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda.blocks import Block, Pair
+from tda.blocks import Block, Pair, example_gradients
 from tda.costs import gram_form
 from tda.curvature.eigen import Factor, merged_embedding, rotate_rows, rotated_gradients
 from tda.curvature.inverse import inverse_eigenvalues
 from tda.data import batches
-from tda.directions import Dense, Direction, check_finite, inner
+from tda.directions import Dense, Direction, check_finite, inner, scaled
 from tda.methods.method import Method
-from tda.modules import Attributed, example_gradients
+from tda.modules import Attributed
 from tda.products import Products, fast_float32, matmul
 
 #: Per-example gradients of one block are made for at most this many bytes at a time.
@@ -25,12 +25,21 @@ GRADIENT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Scorer:
-    """One method, ready to score: a direction and (where it has curvature) a factor per block, and the queries' gradient norms (query,)."""
+    """One method, ready to score: a direction and (where it has curvature) a factor per block, and the queries' gradient norms (query,).
+
+    A cosine method's directions are divided by the norms at once, so that small gradients' products do not underflow.
+    """
 
     method: Method
     directions: Sequence[Direction]
     factors: Sequence[Factor | None]
     norms: Tensor
+
+    def __post_init__(self) -> None:
+        if self.method.cosine:
+            dtype = self.directions[0].matrix.dtype if isinstance(self.directions[0], Dense) else self.directions[0].left.dtype
+            inverse = torch.where(self.norms > negligible(dtype), 1 / self.norms.double(), 0.0)
+            object.__setattr__(self, "directions", [scaled(direction, inverse) for direction in self.directions])
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def _score_batch(
     queries = len(scorers[0].norms) if scorers else 0
     influence = loss.new_zeros(len(scorers), queries, len(ids))
     own = loss.new_zeros(len(scorers), len(ids))
-    norms = loss.new_zeros(len(ids))
+    norms = torch.zeros(len(ids), dtype=torch.float64)
     mass = torch.zeros(len(scorers), len(attributed.blocks), dtype=torch.float64)
     for b, (block, pairs) in enumerate(zip(attributed.blocks, tape.pairs(tape.seed(attributed.problem.likelihood.loss)), strict=True)):
         if not pairs:
@@ -100,13 +109,20 @@ def _score_batch(
             norms += gradient_squares(block, pairs)
     for m, scorer in enumerate(scorers):
         _to_unit(scorer, influence[m], own[m], norms, examples)
+        check_finite(influence[m].abs().sum(0) + own[m], ids, f"{scorer.method.title} score (the gradient) of train example")
     return ShardScores(influence, own if selves else None, loss, mass)
+
+
+def negligible(dtype: torch.dtype) -> float:
+    """A gradient shorter than this is nothing but denormal numbers: it has no direction, and its cosines are 0."""
+    return torch.finfo(dtype).tiny * 2.0**20
 
 
 def _to_unit(scorer: Scorer, influence: Tensor, own: Tensor, norms: Tensor, examples: int) -> None:
     """In place: the common sign and unit, or the cosine."""
     if scorer.method.cosine:
-        influence /= (scorer.norms[:, None].to(norms.dtype) * norms.sqrt()).clamp(min=torch.finfo(norms.dtype).tiny)
+        lengths = norms.sqrt()
+        influence.copy_(torch.where(lengths > negligible(influence.dtype), influence.double() / lengths, 0.0))
         own.fill_(-1.0)
     else:
         influence /= examples
@@ -159,11 +175,17 @@ def score_error(
 
 
 def gradient_squares(block: Block, pairs: Sequence[Pair]) -> Tensor:
-    """||D_b||^2 of a batch, (batch,): in Gram form where that is cheaper (see `tda.costs`)."""
+    """||D_b||^2 of a batch, (batch,), in float64; in Gram form where that is cheaper (see `tda.costs`)."""
     positions = sum(pair.positions for pair in pairs)
-    if any(pair.one_hot for pair in pairs) or not gram_form(positions, positions, block.out, block.in_):
-        return example_gradients(block, pairs).flatten(1).square().sum(1)
-    left, right = (torch.cat([getattr(pair, side) for pair in pairs], 2) for side in ("left", "right"))
+    if block.form == "embedding":
+        plain = Factor(None, None, torch.empty(0), torch.empty(0))
+        return torch.stack([rows.double().square().sum() for rows, _ in merged_embedding(plain, pairs)])
+    if not gram_form(positions, positions, block.out, block.in_):
+        step = max(1, GRADIENT_BYTES // (8 * block.size))
+        starts = range(0, pairs[0].left.shape[1], step)
+        parts = [example_gradients(block, [_slice(pair, k, k + step) for pair in pairs]) for k in starts]
+        return torch.cat([part.flatten(1).double().square().sum(1) for part in parts])
+    left, right = (torch.cat([getattr(pair, side) for pair in pairs], 2).double() for side in ("left", "right"))
     return ((left @ left.transpose(2, 3)) * (right @ right.transpose(2, 3))).sum((0, 2, 3))
 
 

@@ -15,12 +15,13 @@ STREAMED_BYTES = 256 << 20
 DIRECTION_BYTES = 1 << 30
 
 
-def batch_size(blocks: Sequence[Block], *, itemsize: int) -> int:
+def batch_size(blocks: Sequence[Block], outputs: int, *, itemsize: int) -> int:
     """Examples per forward pass: a power of two whose captured rows, graph and copies fit BATCH_BYTES.
 
-    Measured with and without convolutions: a row costs about 1.5 times itself; a convolution's patches twice, its output six times.
+    Measured with and without convolutions: a row costs about 1.5 times itself; a convolution's patches twice, its output six times; the
+    model's `outputs` are held about four times in float64.
     """
-    fitting = BATCH_BYTES // max(int(itemsize * sum(map(_held, blocks))), 1)
+    fitting = BATCH_BYTES // max(int(itemsize * sum(map(_held, blocks)) + 32 * outputs), 1)
     return 1 << max(0, min(10, int(math.log2(max(fitting, 1)))))
 
 

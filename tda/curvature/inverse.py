@@ -29,6 +29,13 @@ def damping_value(factor: Factor, kind: Literal["kfac", "ekfac"], damping: Dampi
 
 
 def inverse_eigenvalues(factor: Factor, kind: Literal["kfac", "ekfac"], damping: Damping) -> Tensor:
-    """1 / (Lambda + lambda), (groups, out, in); 0 where both are 0 (a direction that no example ever moves: the pseudo-inverse)."""
-    damped = spectrum(factor, kind).double() + damping_value(factor, kind, damping)
-    return torch.where(damped > 0, 1 / damped.clamp(min=torch.finfo(torch.float64).tiny), 0.0).to(factor.kfac_out.dtype)
+    """1 / (Lambda + lambda), (groups, out, in).
+
+    0 where the sum is nothing but rounding, below the largest eigenvalue x the width x the precision: a direction that no example ever
+    moves, without damping (the pseudo-inverse).
+    """
+    values = spectrum(factor, kind).double()
+    damped = values + damping_value(factor, kind, damping)
+    rounding = float(values.max()) * max(values.shape[1:]) * torch.finfo(factor.kfac_out.dtype).eps if damping == 0 else 0.0
+    kept = damped > rounding
+    return torch.where(kept, 1 / torch.where(kept, damped, 1.0), 0.0).to(factor.kfac_out.dtype)

@@ -79,7 +79,7 @@ def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, fl
     """Fit and score once; seconds and the scores (Q, N)."""
     attributed, train, queries = prepared(case, options.sequences)
     itemsize = torch.finfo(attributed.dtype).bits // 8
-    batch_size = options.batch_size or sizes.batch_size(attributed.blocks, itemsize=itemsize)
+    batch_size = options.batch_size or sizes.batch_size(attributed.blocks, attributed.outputs, itemsize=itemsize)
     scoring = options.scoring_batch or sizes.scoring_batch(attributed.blocks, batch_size, len(queries), itemsize=itemsize)
     damping = "heuristic" if options.damping == "heuristic" else case.fix_damping
     method = EKFAC(fisher=options.fisher, damping=damping, separable=options.separable)

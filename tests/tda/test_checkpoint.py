@@ -82,4 +82,4 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
 
 @pytest.mark.parametrize("data", [b"", b"not a checkpoint", pickle.dumps({"w": 1}), checkpoint.dump(model())[:-8]])
 def test_bytes_that_are_not_safetensors_are_refused_and_never_unpickled(data):
-    assert "checkpoint here is not a safetensors file" in refused(checkpoint.parse, data, "here")
+    assert "checkpoint here is not a whole safetensors file" in refused(checkpoint.parse, data, "here")

@@ -6,8 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tda.blocks import to_parameters
-from tda.modules import example_gradients, inspect
+from tda.blocks import example_gradients, to_parameters
+from tda.modules import inspect
 from tests import dense
 from tests.tda.layers import LAYERS, Layer, blocks, conv, reals, sequence
 from tests.tda.pipeline import Given, attribute, relative

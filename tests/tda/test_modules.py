@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 from tda import Categorical, Gaussian, InputError, TokenCategorical
-from tda.blocks import to_parameters
-from tda.modules import example_gradients, inspect
+from tda.blocks import example_gradients, to_parameters
+from tda.modules import inspect
 from tests.tda.pipeline import Given, attribute
 
 
