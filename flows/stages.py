@@ -54,7 +54,7 @@ def session(client: Client, progress: Progress) -> Iterator[Session]:
 
 
 def warm(client: Client, request: prepare.Request) -> list[Future]:
-    """Let every worker import what it needs and open the model and the data, while the run has not begun; keep the futures until then."""
+    """Let every worker import what it needs while the run has not begun; keep the futures until then."""
     workers = client.scheduler_info(n_workers=-1)["workers"]
     return [client.submit(subject.warm, request.subject, workers=[worker], pure=False) for worker in workers]
 

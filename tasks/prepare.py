@@ -138,7 +138,8 @@ def plan(request: Request, inputs: Inputs) -> Plan:
     if not subject.checkpoint:
         subject = replace(subject, checkpoint=location.join(checkpoint_artifact(request, inputs), "weights.safetensors"))
     weights = checkpoint.digest(read_checkpoint(subject.checkpoint))
-    subject = replace(subject, weights=weights, inputs=fingerprint("inputs", digests=[inputs.problem, inputs.train, inputs.query]))
+    seen = fingerprint("inputs", digests=[inputs.problem, inputs.train, inputs.query])
+    subject = replace(subject, weights=weights, source=inputs.problem, inputs=seen)
     opened = open_subject(subject)
     blocks = opened.attributed.blocks
     itemsize = torch.tensor([], dtype=opened.attributed.dtype).element_size()

@@ -14,7 +14,7 @@ from tda import checkpoint, location
 from tda.data import length
 from tda.errors import InputError
 from tda.modules import Attributed, inspect
-from tda.problem import load_problem
+from tda.problem import import_problem, load_problem, problem_digest
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -23,8 +23,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Subject:
     """A problem (`options` is JSON), its checkpoint's URL ("" for the weights that its model starts with), and which modules.
 
-    weights and inputs are digests of what was found when the run was planned, "" before. They keep what a long-lived process has
-    opened apart from what lies at the same place later.
+    weights, source and inputs are digests of the checkpoint, of the problem and of both with the data, as they were when the run was
+    planned, "" before. They keep what a long-lived process has opened apart from what lies at the same place later.
     """
 
     problem: str
@@ -34,6 +34,7 @@ class Subject:
     exclude: tuple[str, ...]
     dtype: str
     weights: str = ""
+    source: str = ""
     inputs: str = ""
 
 
@@ -50,10 +51,16 @@ class Opened:
         return self.train if split == "train" else self.query
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def open_subject(subject: Subject) -> Opened:
     """Load the problem, its model and its weights, and cut the model into blocks; kept for the next shard of the same worker."""
-    problem = load_problem(subject.problem, json.loads(subject.options))
+    options = json.loads(subject.options)
+    problem = load_problem(subject.problem, options)
+    if subject.source and problem_digest(subject.problem, options) != subject.source:
+        raise InputError(
+            f"problem {subject.problem!r} is not the one that the run was planned with: it was edited meanwhile, "
+            "or a worker has another version of it, of tda or of torch; make them the same and start the run again"
+        )
     model = problem.model()
     if subject.checkpoint:
         state = read_checkpoint(subject.checkpoint)
@@ -69,11 +76,14 @@ def open_subject(subject: Subject) -> Opened:
 
 
 def warm(subject: Subject) -> None:
-    """Import and open everything ahead of the first shard. What fails here is told by the shard that needs it."""
+    """Import everything ahead of the first shard. What fails here is told by the shard that needs it.
+
+    Nothing is opened: the weights may not be there yet, and a model opened without them would be held beside the right one.
+    """
     import tasks.scores  # noqa: F401  (and with it all that shards use)
 
     with suppress(Exception):
-        open_subject(subject)
+        import_problem(subject.problem)
 
 
 def read_checkpoint(url: str) -> dict[str, torch.Tensor]:

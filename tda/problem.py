@@ -10,7 +10,9 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from tda.errors import InputError, cause
 from tda.likelihoods import Likelihood
+from tda.sources import check_current, sources
 
 Split = Literal["train", "query"]
 
@@ -101,14 +104,29 @@ def load_problem(spec: str, options: dict[str, Any] | None = None) -> Problem:
         raise InputError(f"problem {spec!r}: {kind.__name__} lacks the required method{'s' * (len(missing) > 1)} {names}; define {names}")
     if not hasattr(kind, "likelihood"):
         raise InputError(f"problem {spec!r}: {kind.__name__} has no `likelihood`; add e.g. likelihood = tda.Categorical()")
+    stated: Any = kind  # a user's class may hold anything
+    if inspect.isclass(stated.likelihood):
+        name = stated.likelihood.__name__
+        raise InputError(f"problem {spec!r}: {kind.__name__}.likelihood is the class {name}; write likelihood = {name}()")
+    if stated.better not in ("lower", "higher"):
+        raise InputError(f'problem {spec!r}: {kind.__name__}.better is {stated.better!r}; write "lower" or "higher"')
     try:
         inspect.signature(kind).bind(**(options or {}))
     except TypeError as error:
         raise InputError(f"problem {spec!r}: [problem_options] do not fit {kind.__name__}{inspect.signature(kind)}: {error}") from error
-    return kind(**(options or {}))
+    try:
+        return kind(**(options or {}))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"problem {spec!r}: {kind.__name__}(...) with its [problem_options] failed: {cause(error)}") from error
 
 
-def _problem_class(spec: str) -> type[Problem]:
+def import_problem(spec: str) -> ModuleType:
+    """The module of a problem named "package.module:Class" or "path/to/file.py:Class".
+
+    Raises InputError where the import fails, or where its source, or one that it imports, was edited since this process imported it.
+    """
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise InputError(f'problem {spec!r} must be "package.module:Class" or "path/to/file.py:Class"')
@@ -118,6 +136,13 @@ def _problem_class(spec: str) -> type[Problem]:
         raise
     except Exception as error:  # whatever the user's module raises at import is the user's to see, in one line
         raise InputError(f"problem {spec!r}: importing {place} failed: {cause(error)}") from error
+    check_current(module)
+    return module
+
+
+def _problem_class(spec: str) -> type[Problem]:
+    module = import_problem(spec)
+    place, _, name = spec.rpartition(":")
     kind = getattr(module, name, None)
     if kind is None:
         known = [k for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Problem) and v is not Problem]
@@ -149,8 +174,10 @@ def _load_file(path: Path) -> Any:
 
 
 def problem_digest(spec: str, options: dict[str, Any]) -> str:
-    """sha256 of what determines a problem's computations: its name, its options and the source of its module."""
-    source = inspect.getsourcefile(_problem_class(spec))
-    text = Path(source).read_bytes() if source else b""
-    head = json.dumps([spec.rpartition(":")[2], options], sort_keys=True, default=str).encode()
-    return hashlib.sha256(head + text).hexdigest()
+    """sha256 of what determines a problem's computations.
+
+    Its name, its options, the sources of its module and of all the user's modules that it imports, and the versions of tda and torch.
+    """
+    texts = {name: hashlib.sha256(text).hexdigest() for name, text in sources(import_problem(spec)).items()}
+    versions = [version("tda"), torch.__version__]
+    return hashlib.sha256(json.dumps([spec.rpartition(":")[2], options, versions, texts], sort_keys=True).encode()).hexdigest()

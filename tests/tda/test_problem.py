@@ -1,5 +1,6 @@
 """A problem is found by its name, and what is wrong with it is said in one line."""
 
+import importlib
 import pickle
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from tda import InputError, Problem
 from tda.problem import can_fit, load_problem, measurement_of, problem_digest
 from tda.problems.digits import Digits
+from tda.sources import sources
 
 GOOD = """
 import torch
@@ -118,6 +120,96 @@ def test_the_digest_changes_with_the_name_the_options_and_the_source(write):
     assert digest == problem_digest(spec, {"width": 3})
     assert digest != problem_digest(spec, {"width": 4})
     assert digest != problem_digest(f"{write(GOOD + '# changed', 'other.py')}:Mine", {"width": 3})
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of the user's: problem.py imports constants.py inside a function, and deep.py by way of middle.py."""
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+    texts = {
+        "__init__": "",
+        "constants": "WIDTH = 3\n",
+        "deep": "SCALE = 1.0\n",
+        "middle": "from . import deep\n",
+        "problem": GOOD.replace("import tda\n", "import tda\nfrom . import middle\n").replace(
+            "return torch.nn.Linear(2, self.width)",
+            f"from {name}.constants import WIDTH; return torch.nn.Linear(2, WIDTH)",
+        ),
+    }
+    folder = tmp_path / name
+    folder.mkdir()
+    for module, text in texts.items():
+        (folder / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield folder
+    for module in set(sys.modules) - before:
+        del sys.modules[module]
+
+
+def forget(package):
+    """As a new process would be."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package.name]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize("module", ["problem", "constants", "middle", "deep", "__init__"])
+def test_the_digest_changes_with_every_module_of_the_users_that_the_problem_imports(package, module):
+    spec = f"{package.name}.problem:Mine"
+    digest = problem_digest(spec, {})
+    (package / "unrelated.py").write_text("x = 1")
+    forget(package)
+    assert problem_digest(spec, {}) == digest
+    (package / f"{module}.py").write_text((package / f"{module}.py").read_text() + "# changed\n")
+    forget(package)
+    assert problem_digest(spec, {}) != digest
+
+
+def test_the_digest_of_a_file_changes_with_what_it_imports(package, write):
+    file = write(GOOD.replace("import tda\n", f"import tda\nfrom {package.name} import deep as inner\n"))
+    digest = problem_digest(f"{file}:Mine", {})
+    (package / "deep.py").write_text("SCALE = 2.0\n")
+    forget(package)
+    assert problem_digest(f"{file}:Mine", {}) != digest
+
+
+def test_installed_packages_count_by_version_and_tda_by_its_own(monkeypatch):
+    names = set(sources(sys.modules[Digits.__module__]))
+    assert "" in names
+    assert not {name.partition(".")[0] for name in names} & {"torch", "numpy", "sklearn", "collections", "__future__"}
+    assert all(name.startswith("tda.problems") for name in names if name)
+    digest = problem_digest("tda.problems.digits:Digits", {})
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    assert problem_digest("tda.problems.digits:Digits", {}) != digest
+
+
+@pytest.mark.parametrize("module", ["problem", "deep"])
+def test_a_module_that_was_edited_after_its_import_is_refused_rather_than_run_as_it_was(package, module):
+    spec = f"{package.name}.problem:Mine"
+    load_problem(spec)
+    (package / f"{module}.py").write_text((package / f"{module}.py").read_text() + "# changed\n")
+    assert f"{package / module}.py was edited after this process had imported it; restart the process" in refused(spec)
+    with pytest.raises(InputError, match="was edited after this process had imported it"):
+        problem_digest(spec, {})
+    importlib.reload(sys.modules[f"{package.name}.{module}"])
+    load_problem(spec)
+
+
+def test_a_problem_whose_own_code_raises_is_named(write):
+    said = refused(f"{write(GOOD.replace('self.width = width', 'open(chr(47) + str(width))'))}:Mine")
+    assert "Mine(...) with its [problem_options] failed: FileNotFoundError: " in said
+
+
+def test_a_likelihood_given_as_a_class_is_refused(write):
+    assert "Mine.likelihood is the class Categorical; write likelihood = Categorical()" in refused(
+        f"{write(GOOD.replace('Categorical()', 'Categorical'))}:Mine"
+    )
+
+
+def test_a_direction_that_is_none_is_refused(write):
+    text = GOOD.replace("likelihood =", 'better = "up"\n    likelihood =')
+    assert 'Mine.better is \'up\'; write "lower" or "higher"' in refused(f"{write(text)}:Mine")
 
 
 def test_what_a_problem_does_not_define_has_a_default_or_a_way_out(write):
