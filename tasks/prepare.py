@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tasks import layout
 from tasks.factors import FactorJob
@@ -93,7 +95,7 @@ def _examined(request: Request) -> Inputs:
     problem = opened.attributed.problem
     if not subject.checkpoint and not can_fit(problem):
         raise InputError(f"problem {subject.problem!r} has no fit method and the config no checkpoint; give one of them")
-    found = {split: digest(problem, opened.data(split), split) for split in ("train", "query")}
+    found = {split: digest(problem, opened.data(split), split, check=_target_check(opened, split)) for split in ("train", "query")}
     for split in ("train", "query"):
         _probe(opened, split)
     if any(method.fisher_kind == "exact" for method in methods):
@@ -110,8 +112,23 @@ def _examined(request: Request) -> Inputs:
     )
 
 
+def _target_check(opened: Opened, split: str) -> Callable[[Tensor], None]:
+    """likelihood.check for targets of a split without a forward pass each: against outputs of the shape that the first example has."""
+    attributed = opened.attributed
+    with torch.no_grad():
+        outputs = attributed.problem.predict(attributed.model, attributed.load(opened.data(split), [0]))
+
+    def check(targets: Tensor) -> None:
+        # With a class axis last, as many positions as the targets have: sequences may be of other lengths than the first.
+        last = outputs.ndim == targets.ndim + 1
+        row = outputs.reshape(-1, outputs.shape[-1])[0] if last else outputs[0]
+        attributed.problem.likelihood.check(row.expand(*targets.shape if last else targets.shape[:1], *row.shape), targets)
+
+    return check
+
+
 def _probe(opened: Opened, split: str) -> None:
-    """Evaluate the first examples of a split: targets in range, finite losses and measurements."""
+    """Evaluate the first examples of a split: finite losses and measurements, one per example."""
     attributed, data = opened.attributed, opened.data(split)
     problem = attributed.problem
     function = problem.likelihood.loss if split == "train" else problem.measurement

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from tda.errors import InputError, cause
 from tda.problem import Batch, Problem
+
+#: So many examples, spread over a split, are read twice: what differs then is not what will be attributed.
+REREAD = 8
 
 
 def load_batch(problem: Problem, dataset: Any, ids: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Batch:
     """Examples `ids` of a map-style dataset, collated; floating-point inputs and targets are cast to `dtype`.
 
+    Inputs in any kind of mapping (a tokenizer's BatchEncoding, say) become plain dicts, which Problem.predict passes on by name.
     Raises InputError where an item is not (inputs, targets) or cannot be collated, naming the ids. What the dataset itself raises is
     passed on: a file that cannot be read is nothing that the user typed.
     """
@@ -32,6 +36,8 @@ def load_batch(problem: Problem, dataset: Any, ids: Sequence[int], *, dtype: tor
         ) from error
 
     def place(leaf: Any) -> Any:
+        if isinstance(leaf, Mapping):
+            return {key: tree_map(place, value) for key, value in leaf.items()}
         if not isinstance(leaf, Tensor):
             return leaf
         return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
@@ -51,25 +57,67 @@ def batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield ids[start : start + size]
 
 
-def digest(problem: Problem, dataset: Any, split: str, *, size: int = 512) -> tuple[str, np.ndarray | None]:
+def digest(
+    problem: Problem, dataset: Any, split: str, *, size: int = 512, check: Callable[[Tensor], None] | None = None
+) -> tuple[str, np.ndarray | None]:
     """sha256 over every example's inputs and targets in order, and the integer labels where each example has one.
 
-    Checks on the way that the dataset is not empty and that no input is NaN or infinite. Returns (digest, labels (n,) int64 or None).
-    Raises InputError.
+    Checks on the way that the dataset is not empty, that no input is NaN or infinite, that reading an example again gives the same, and
+    `check(targets)` of every batch, which raises InputError. Returns (digest, labels (n,) int64 or None). Raises InputError.
     """
     n = length(dataset, split)
+    _check_repeatable(problem, dataset, split, range(0, n, max(1, n // REREAD)))
     total, labels = hashlib.sha256(f"{n}".encode()), []
     for ids in batches(range(n), size):
         batch = load_batch(problem, dataset, ids, dtype=torch.float64)
-        for leaf in tree_leaves((batch.inputs, batch.targets)):
-            if isinstance(leaf, Tensor):
-                _check_finite(leaf, ids, split)
-                total.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode() + leaf.contiguous().numpy().tobytes())
-            else:
-                total.update(repr(leaf).encode())
+        _add(total, batch, ids, split)
+        if check is not None:
+            _check_targets(check, batch.targets, ids, split)
         if batch.targets.ndim == 1 and not batch.targets.is_floating_point():
             labels.append(batch.targets.numpy().astype(np.int64))
     return total.hexdigest(), np.concatenate(labels) if labels else None
+
+
+def _add(total: Any, batch: Batch, ids: Sequence[int], split: str) -> None:
+    """Feed a batch to a hash: where each leaf stands, its type, shape and bytes."""
+    for path, leaf in tree_flatten_with_path((batch.inputs, batch.targets))[0]:
+        head = keystr(path)
+        if isinstance(leaf, Tensor):
+            _check_finite(leaf, ids, split)
+            total.update(f"{head}{leaf.dtype}{tuple(leaf.shape)}".encode() + leaf.contiguous().numpy().tobytes())
+        elif isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != object:
+            total.update(f"{head}{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+        elif leaf is None or isinstance(leaf, str | bytes | bool | int | float):
+            total.update(f"{head}{type(leaf).__name__}{leaf!r}".encode())
+        else:
+            raise InputError(
+                f"{split} examples {ids[0]}..{ids[-1]} hold a {type(leaf).__name__}, whose content cannot be told apart; "
+                "give tensors, arrays, text or numbers, in dicts, lists or tuples"
+            )
+
+
+def _check_repeatable(problem: Problem, dataset: Any, split: str, ids: Sequence[int]) -> None:
+    for i in ids:
+        seen = set()
+        for _ in range(2):
+            total = hashlib.sha256()
+            _add(total, load_batch(problem, dataset, [i], dtype=torch.float64), [i], split)
+            seen.add(total.digest())
+        if len(seen) > 1:
+            raise InputError(f"{split} example {i} differs when it is read again; switch random augmentation off")
+
+
+def _check_targets(check: Callable[[Tensor], None], targets: Tensor, ids: Sequence[int], split: str) -> None:
+    """`check(targets)`; where a batch does not pass, the first example that does not is named."""
+    try:
+        check(targets)
+    except InputError:
+        for k, i in enumerate(ids):
+            try:
+                check(targets[k : k + 1])
+            except InputError as error:
+                raise InputError(f"{split} example {i}: {error}") from error
+        raise
 
 
 def length(dataset: Any, split: str) -> int:

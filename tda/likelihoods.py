@@ -45,8 +45,8 @@ def _check_classes(labels: Tensor, classes: int) -> None:
     bad = (labels < 0) | (labels >= classes)
     if bool(bad.any()):
         where = int(bad.reshape(len(labels), -1).any(1).nonzero()[0])
-        value = int(labels[bad][0])
-        raise InputError(f"target {value} at place {where} of the batch is out of range: the model has classes 0..{classes - 1}")
+        place = f" at place {where} of the batch" if len(labels) > 1 else ""
+        raise InputError(f"target {int(labels[bad][0])}{place} is out of range: the model has classes 0..{classes - 1}")
 
 
 def _pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ def test_a_configuration_that_cannot_be_run_is_refused(told: Tell, config: Edit,
 
 INPUTS = "        return self.x[i], self.y[i]\n"
 NAN = "        return self.x[i] * (torch.nan if i == 7 else 1), self.y[i]\n"
+LATE = "        return self.x[i % 20], self.y[i % 20] * (i != 1150) + (i == 1150) * {}\n    def __len__(self):\n        return 1200\n"
 MEASURED = "    def measurement(self, outputs, targets):\n        return {}\n"
 HELPERS = """
 class Huge(nn.Module):
@@ -109,6 +110,9 @@ class Tiny("""
         (("Data(self.examples, self.seed, self.traps)", "iter([])"), "train_data() must be map-style with a length"),
         ((INPUTS, NAN), "train example 7 has inputs or targets that are NaN or infinite"),
         ((INPUTS, "        return self.x[i], self.y[i] + 3 * (i == 17)\n"), "is out of range: the model has classes 0..2"),
+        ((INPUTS, LATE.format(-100)), "train example 1150: target -100 is out of range: the model has classes 0..2"),
+        ((INPUTS, LATE.format(3)), "train example 1150: target 3 is out of range"),
+        ((INPUTS, "        return self.x[i] + torch.rand(()), self.y[i]\n"), "train example 0 differs when it is read again; switch"),
         ((INPUTS, "        return self.x[i], self.y[i].double()\n"), "targets must be integer class indices, got dtype torch.float64"),
         ((INPUTS, "        return self.x[i]\n"), "dataset[i] must return (inputs, targets)"),
         ((INPUTS, "        raise OSError(5, 'Input/output error')\n"), "OSError: [Errno 5] Input/output error (~/config/tiny.py:"),
