@@ -20,7 +20,7 @@ from tda.modules import Attributed
 from tda.products import Products, fast_float32, matmul
 
 #: Per-example gradients of one block are made for at most this many bytes at a time.
-GRADIENT_BYTES = 64 << 20
+GRADIENT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)

@@ -30,26 +30,25 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One row: a case, our options, and the peer's."""
+class Group:
+    """A way to run the peer on a case, and the ways of ours that take turns with it: name -> options."""
 
-    name: str
     case: str
-    ours: tuple[str, ...] = ()
+    ours: dict[str, tuple[str, ...]]
     theirs: tuple[str, ...] = ()
 
 
-# The peer is given its fastest way to the same accuracy: full precision for our full precision. Its own bfloat16 ranks examples at a
-# Spearman of about .87-.89 to the truth, so against our bfloat16 products (which keep .999) it is listed apart.
-SETTINGS = (
-    Setting("float32", "D"),
-    Setting("float32, separable 1e-3", "D", ("--separable", "1e-3")),
-    Setting("float32", "C"),
-    Setting("float32, both on oneDNN", "C", (), ("--onednn",)),
-    Setting("float32", "T", ("--sequences", "400"), ("--sequences", "400")),
-    Setting("float32, both on oneDNN", "T", ("--sequences", "400"), ("--sequences", "400", "--onednn")),
-    Setting("bfloat16 products", "T", ("--sequences", "400", "--products", "bfloat16"), ("--sequences", "400")),
-    Setting("both bfloat16", "T", ("--sequences", "400", "--products", "bfloat16"), ("--sequences", "400", "--dtype", "bfloat16")),
+# Against our bfloat16 products (which keep a rank correlation of .999) stands the peer's full precision: its own bfloat16 ranks examples
+# at about .87-.89 to the truth. --all also runs both sides on oneDNN, and both in bfloat16.
+GROUPS = (
+    Group("D", {"float32": (), "float32, separable 1e-3": ("--separable", "1e-3")}),
+    Group("C", {"float32": ()}),
+    Group("T", {"float32": (), "bfloat16 products": ("--products", "bfloat16")}),
+)
+MORE = (
+    Group("C", {"float32, both on oneDNN": ()}, ("--onednn",)),
+    Group("T", {"float32, both on oneDNN": ()}, ("--onednn",)),
+    Group("T", {"both bfloat16": ("--products", "bfloat16")}, ("--dtype", "bfloat16")),
 )
 
 
@@ -70,37 +69,53 @@ def run(python: Path, module: str, arguments: list[str], threads: int) -> dict[s
     return found
 
 
-def pairs(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one setting."""
-    ours, theirs = [], []
+def measure(group: Group, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All figures of one group, a row for each of our settings."""
+    common = ["--case", group.case, *(["--sequences", str(options.sequences)] if group.case == "T" else [])]
+    theirs: list[dict[str, Any]] = []
+    ours: dict[str, list[dict[str, Any]]] = {name: [] for name in group.ours}
     with tempfile.TemporaryDirectory() as folder:
-        saved = [Path(folder) / f"{side}.npy" for side in ("ours", "theirs")]
-        common = ["--case", setting.case]
+        saved = {name: Path(folder) / f"{i}.npy" for i, name in enumerate([*group.ours, "theirs"])}
         for _ in range(options.pairs):
-            ours.append(run(Path(sys.executable), "ours", [*common, *setting.ours, "--save", str(saved[0])], options.threads))
+            for name, arguments in group.ours.items():
+                ours[name].append(run(Path(sys.executable), "ours", [*common, *arguments, "--save", str(saved[name])], options.threads))
             # Its loss in float64: the float32 ranks of a well-learnt query are rounding (see peer_kronfluence.py).
-            peer = [*common, *setting.theirs, "--loss-dtype", "float64", "--save", str(saved[1])]
+            peer = [*common, *group.theirs, "--loss-dtype", "float64", "--save", str(saved["theirs"])]
             theirs.append(run(options.peer, "peer_kronfluence", peer, options.threads))
-        ranks = rank_correlation(-np.load(saved[0]), np.load(saved[1]))
-    counted = run(Path(sys.executable), "ours", [*common, *setting.ours, "--count"], options.threads)
-    rate = gemm_rate("bfloat16" if "bfloat16" in setting.ours else "float32_onednn", options.threads)
-    figures: dict[str, Any] = {"case": setting.case, "setting": setting.name, "pairs": options.pairs, "threads": options.threads}
-    for stage in ("fit", "score"):
-        mine, peer_ = ([r[f"{stage}_seconds"] for r in side] for side in (ours, theirs))
-        ratios = [b / a for a, b in zip(mine, peer_, strict=True)]
-        gflop = counted[f"{stage}_gflop"]
-        figures[stage] = {
-            "ours": statistics.median(mine),
-            "theirs": statistics.median(peer_),
-            "ratio": statistics.median(ratios),
-            "ratio_range": [min(ratios), max(ratios)],
-            "gflop": gflop,
-            "gemm_share": gflop / statistics.median(mine) / rate,
-        }
-    figures["gemm_gflops"] = rate
-    figures["peak_rss_mb"] = {"ours": max(r["peak_rss_mb"] for r in ours), "theirs": max(r["peak_rss_mb"] for r in theirs)}
-    figures["spearman"] = {"mean": float(ranks.mean()), "least": float(ranks.min())}
-    return figures
+        scores = {name: np.load(path) for name, path in saved.items()}
+    rows = []
+    for name, arguments in group.ours.items():
+        counted = run(Path(sys.executable), "ours", [*common, *arguments, "--count"], options.threads)
+        rate = gemm_rate("bfloat16" if "bfloat16" in arguments else "float32_onednn", options.threads)
+        row: dict[str, Any] = {"case": group.case, "setting": name, "pairs": options.pairs, "threads": options.threads, "gemm_gflops": rate}
+        row |= {stage: stage_figures(stage, ours[name], theirs, counted[f"{stage}_gflop"], rate) for stage in ("fit", "score")}
+        row["peak_rss_mb"] = {"ours": max(r["peak_rss_mb"] for r in ours[name]), "theirs": max(r["peak_rss_mb"] for r in theirs)}
+        row["spearman"] = spearman(-scores[name], scores["theirs"])
+        if "float32" in group.ours and name != "float32":
+            row["spearman_to_our_float32"] = spearman(scores[name], scores["float32"])
+        rows.append(row)
+    return rows
+
+
+def stage_figures(stage: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], gflop: float, rate: float) -> dict[str, Any]:
+    """Medians, the ratio pair by pair, and the share of the GEMM rate."""
+    mine, peer = ([r[f"{stage}_seconds"] for r in side] for side in (ours, theirs))
+    ratios = [b / a for a, b in zip(mine, peer, strict=True)]
+    median = statistics.median(mine)
+    return {
+        "ours": median,
+        "theirs": statistics.median(peer),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "gflop": gflop,
+        "gemm_share": gflop / median / rate,
+    }
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Rank correlation per query, mean and least: (Q, N), (Q, N)."""
+    ranks = rank_correlation(x, y)
+    return {"mean": float(ranks.mean()), "least": float(ranks.min())}
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -135,21 +150,23 @@ def main(argv: list[str]) -> None:
     """Measure the settings asked for, print the table, and write the figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=["D", "C", "T"], help="repeatable; default: all that are available")
-    parser.add_argument("--setting", action="append", help="only settings of these names")
+    parser.add_argument("--all", action="store_true", help="also both sides on oneDNN, and both in bfloat16")
+    parser.add_argument("--sequences", type=int, default=400, help="training sequences of case T; 2000 is all")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", help="the peer's Python")
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args(argv)
     rows = []
-    for setting in SETTINGS:
-        if (options.case and setting.case not in options.case) or (options.setting and setting.name not in options.setting):
+    for group in (*GROUPS, *(MORE if options.all else ())):
+        if options.case and group.case not in options.case:
             continue
-        if missing := cases.available(setting.case):
+        if missing := cases.available(group.case):
             print(f"left out: {missing}")
             continue
-        rows.append(pairs(setting, options))
-        print(json.dumps(rows[-1]), flush=True)
+        for row in measure(group, options):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     show(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
