@@ -1,0 +1,45 @@
+"""A fingerprint changes with everything that determines the numbers, and with nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tasks.jobs import planned
+
+
+@pytest.mark.parametrize(
+    ("override", "factors", "directions", "run"),
+    [
+        ("cluster.workers=1", True, True, True),
+        ("methods.2.damping=0.5", True, False, False),
+        ("query_block=5", True, False, False),
+        ("self_influence=false", True, True, False),
+        ("batch_size=1", False, False, False),
+        ("shard_size=3", False, False, False),
+        ('dtype="float32"', False, False, False),
+        ('exclude=["0"]', False, False, False),
+        ("problem_options={seed=9}", False, False, False),
+        ("problem_options={queries=4}", False, False, False),
+    ],
+)
+def test_what_is_shared_with_a_run_that_differs_in_one_thing(
+    tmp_path: Path, override: str, factors: bool, directions: bool, run: bool
+) -> None:
+    one, other = (planned(tmp_path / "config", f"{tmp_path}/store", *overrides) for overrides in ((), (override,)))
+    assert (one.fits["exact"].url == other.fits["exact"].url) is factors
+    assert (one.scores.directions == other.scores.directions) is directions
+    assert (one.fingerprint == other.fingerprint) is run
+
+
+def test_the_seed_enters_only_where_labels_are_drawn(tmp_path: Path) -> None:
+    url = planned(tmp_path / "config", f"{tmp_path}/store").subject.checkpoint
+    one, other = (planned(tmp_path / "config", f"{tmp_path}/store", f"checkpoint={url}", f"seed={seed}") for seed in (0, 1))
+    assert one.fits["exact"].url == other.fits["exact"].url
+    assert one.fits["sampled"].url != other.fits["sampled"].url
+    assert one.fingerprint != other.fingerprint
+
+
+def test_where_a_file_lies_does_not_matter(tmp_path: Path) -> None:
+    one, other = (planned(tmp_path / name, f"{tmp_path}/{name}-store") for name in ("a", "b"))
+    assert one.fingerprint == other.fingerprint
+    assert one.subject != other.subject
