@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from tda import checkpoint, location
+from tda.attributed import Attributed
 from tda.data import length
 from tda.errors import InputError
-from tda.modules import Attributed, inspect
+from tda.modules import inspect
 from tda.problem import import_problem, load_problem, problem_digest
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

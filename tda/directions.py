@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tda.attributed import Attributed
 from tda.blocks import Block, Pair, example_gradients
 from tda.costs import gram_form, rows_smaller
 from tda.data import batches
 from tda.errors import InputError
-from tda.modules import Attributed
 from tda.products import Products, fast_float32, matmul
 
 

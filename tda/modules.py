@@ -9,65 +9,24 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tda.attributed import UNUSED, Attributed, Skipped
 from tda.blocks import Block, vector_block
-from tda.capture import Recorder, Tape
+from tda.capture import Recorder
 from tda.data import load_batch
 from tda.errors import InputError, cause
 from tda.operations import MATRIX, Call, Layout, fits
 from tda.problem import Batch, Problem
 from tda.selfcheck import check_losses, gradient_errors
 
-UNUSED = "not used in the forward pass"
-
 #: A use of a parameter: the name of the bias with it, and the call as recorded for two and for three examples.
 Use = tuple[str | None, Call, Call]
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A parameter that is not attributed, and why."""
-
-    name: str
-    parameters: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Attributed:
-    """A problem's model at a checkpoint, cut into blocks; `total` counts all its parameters, `outputs` the outputs of one example."""
-
-    problem: Problem
-    model: nn.Module
-    blocks: tuple[Block, ...]
-    layouts: dict[str, Layout]
-    skipped: tuple[Skipped, ...]
-    total: int
-    dtype: torch.dtype
-    outputs: int = 1
-
-    @property
-    def share(self) -> float:
-        """Share of the model's parameters that is attributed."""
-        return sum(block.size for block in self.blocks) / max(self.total, 1)
-
-    def load(self, dataset: Any, ids: Sequence[int]) -> Batch:
-        """Examples `ids` as a batch in this model's dtype and on its device."""
-        return load_batch(self.problem, dataset, ids, dtype=self.dtype, device=next(self.model.parameters()).device)
-
-    def tape(self, batch: Batch) -> Tape:
-        """A recorded forward pass of a batch.
-
-        Raises InputError where the batch uses a parameter otherwise than the examples that were inspected did.
-        """
-        unused = [s.name for s in self.skipped if s.reason == UNUSED]
-        return Tape(self.problem, self.model, self.blocks, self.layouts, batch, unused)
 
 
 def inspect(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tda.attributed import Attributed
 from tda.blocks import Block, Pair, example_gradients
 from tda.costs import gram_form
 from tda.curvature.eigen import Factor, merged_embedding, rotate_rows, rotated_gradients
@@ -16,7 +17,6 @@ from tda.curvature.inverse import inverse_eigenvalues
 from tda.data import batches
 from tda.directions import Dense, Direction, check_finite, inner, scaled
 from tda.methods.method import Method
-from tda.modules import Attributed
 from tda.products import Products, fast_float32, matmul
 
 #: Per-example gradients of one block are made for at most this many bytes at a time.

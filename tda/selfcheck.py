@@ -6,18 +6,15 @@ Output gradients are drawn at random: those of a well-learnt example's loss are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from tda.attributed import Attributed
 from tda.blocks import Block, example_gradients, to_matrix
 from tda.capture import example
 from tda.errors import InputError, cause
 from tda.problem import Batch
-
-if TYPE_CHECKING:
-    from tda.modules import Attributed
 
 
 def check_losses(attributed: Attributed, batch: Batch) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tda.attributed import Attributed
 from tda.blocks import Block, Pair
 from tda.curvature.fisher import Fisher, seeds
 from tda.data import batches
-from tda.modules import Attributed
 from tda.products import Products, fast_float32, matmul
 
 #: Above this width only the upper triangle is computed, in tiles this wide: nearly half the products are saved.

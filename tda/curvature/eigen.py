@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tda.attributed import Attributed
 from tda.blocks import Block, Pair
 from tda.costs import rows_first
 from tda.curvature.covariances import Covariance
 from tda.curvature.fisher import Fisher, seeds
 from tda.data import batches
-from tda.modules import Attributed
 from tda.products import Products, fast_float32, matmul
 
 #: Rotated gradients are made for so many entries at a time: a megabyte in float32.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tda.attributed import Attributed
 from tda.curvature.covariances import covariance_sums
 from tda.curvature.eigen import Factor, decompose, eigenvalue_sums
 from tda.curvature.fisher import Fisher
-from tda.modules import Attributed
 from tda.products import Products
 
 

@@ -23,10 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tda
 from tda import sizes
+from tda.attributed import Attributed
 from tda.curvature.fit import fit_factors
 from tda.directions import query_gradients
 from tda.methods import EKFAC
-from tda.modules import Attributed, inspect
+from tda.modules import inspect
 from tda.products import fast_float32
 from tda.scoring import Scorer, score
 from tests import cases

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from tda.attributed import Attributed
 from tda.curvature.covariances import Covariance, covariance_sums
 from tda.curvature.eigen import Factor, decompose, eigenvalue_sums
 from tda.directions import dense, query_gradients, squared_norms
 from tda.methods import parse
-from tda.modules import Attributed, inspect
+from tda.modules import inspect
 from tda.problem import Problem
 from tda.scoring import Scorer, score
 

@@ -1,0 +1,59 @@
+"""A problem's model at a checkpoint, cut into blocks: what every computation is about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tda.blocks import Block
+from tda.capture import Tape
+from tda.data import load_batch
+from tda.operations import Layout
+from tda.problem import Batch, Problem
+
+#: Why a parameter is skipped that no example of the inspection used; later batches are held to it.
+UNUSED = "not used in the forward pass"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A parameter that is not attributed, and why."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Attributed:
+    """A problem's model at a checkpoint, cut into blocks; `total` counts all its parameters, `outputs` the outputs of one example."""
+
+    problem: Problem
+    model: nn.Module
+    blocks: tuple[Block, ...]
+    layouts: dict[str, Layout]
+    skipped: tuple[Skipped, ...]
+    total: int
+    dtype: torch.dtype
+    outputs: int = 1
+
+    @property
+    def share(self) -> float:
+        """Share of the model's parameters that is attributed."""
+        return sum(block.size for block in self.blocks) / max(self.total, 1)
+
+    def load(self, dataset: Any, ids: Sequence[int]) -> Batch:
+        """Examples `ids` as a batch in this model's dtype and on its device."""
+        return load_batch(self.problem, dataset, ids, dtype=self.dtype, device=next(self.model.parameters()).device)
+
+    def tape(self, batch: Batch) -> Tape:
+        """A recorded forward pass of a batch.
+
+        Raises InputError where the batch uses a parameter otherwise than the examples that were inspected did.
+        """
+        unused = [s.name for s in self.skipped if s.reason == UNUSED]
+        return Tape(self.problem, self.model, self.blocks, self.layouts, batch, unused)
