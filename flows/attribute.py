@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,8 +189,8 @@ def _claim(plan: prepare.Plan, config: dict[str, Any]) -> tuple[str, dict[str, A
             return name, publish.first_manifest(plan, name, found["created"], config), True
     created = datetime.now(UTC)
     run_id = f"{created:%Y%m%d-%H%M%S}-{plan.fingerprint[:6]}"
-    while run_id in names:
-        run_id += "b"
-    manifest = publish.first_manifest(plan, run_id, created.isoformat(timespec="seconds"), config)
-    storage.write_json(location.join(runs, run_id, "run.json"), manifest)
-    return run_id, manifest, False
+    while True:
+        manifest = publish.first_manifest(plan, run_id, created.isoformat(timespec="seconds"), config)
+        if storage.create_once(location.join(runs, run_id, "run.json"), json.dumps(manifest, indent=2, allow_nan=False).encode()):
+            return run_id, manifest, False
+        run_id = f"{created:%Y%m%d-%H%M%S}-{plan.fingerprint[:6]}-{secrets.token_hex(2)}"  # another start had it first

@@ -6,10 +6,12 @@
     complete.json                                    last
 
 Every object is written whole; a task whose object is there already does nothing, so a fit that was interrupted goes on where it was.
+Nor does a task of a fit that is complete: two runs may compute the same fit at once, and the first to complete it sweeps partial/.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -93,10 +95,15 @@ def root(job: FactorJob, sums: Sums) -> Node:
     return above[-1][0] if above else Node(job, sums, 0, 0)
 
 
+def _done(job: FactorJob, url: str) -> bool:
+    """Whether a task's object is there, or the whole fit."""
+    return location.exists(url) or layout.is_complete(job.url)
+
+
 def sum_shard(node: Node) -> dict[str, Any]:
     """Compute the sums of one shard and write them."""
     started = time.perf_counter()
-    if not location.exists(node.url):
+    if not _done(node.job, node.url):
         job, opened = node.job, open_subject(node.job.subject)
         options: dict[str, Any] = {"fisher": job.fisher, "seed": job.seed, "batch_size": job.batch_size, "products": job.products}
         if node.sums == "covariance":
@@ -128,7 +135,7 @@ def _explain(opened: Opened, job: FactorJob, shard: int) -> NoReturn:
 def reduce_node(node: Node) -> dict[str, Any]:
     """Sum a node's children in order, in float64, and write the sum."""
     started = time.perf_counter()
-    if not location.exists(node.url):
+    if not _done(node.job, node.url):
         below = node.job.shards if node.level == 1 else len(levels(node.job, node.sums)[node.level - 2])
         total: dict[str, Tensor] = {}
         for child in range(node.index * FANOUT, min((node.index + 1) * FANOUT, below)):
@@ -144,7 +151,7 @@ def create_factors(job: FactorJob) -> None:
     url = location.join(job.url, "factors.zarr")
     # The group's own metadata come first: that they are there does not say that all arrays are.
     created = location.join(job.url, "partial", "created.json")
-    if location.exists(created):
+    if _done(job, created):
         return
     group = location.open_group(url, "a")
     group.attrs.update({"schema_version": schema.SCHEMA_VERSION, "fisher": job.fisher, "examples": job.examples})
@@ -172,7 +179,7 @@ def decompose_layer(task: tuple[FactorJob, int]) -> dict[str, Any]:
     job, layer = task
     started = time.perf_counter()
     receipt = location.join(job.url, "partial", "bases", f"{layer:06d}.json")
-    if not location.exists(receipt):
+    if not _done(job, receipt):
         attributed = open_subject(job.subject).attributed
         sums = read_tensors(root(job, "covariance").url, lambda name: name.startswith(f"{layer}/"))
         covariance = Covariance(*(sums[f"{layer}/{side}"] for side in ("out", "in_", "positions")))
@@ -189,19 +196,20 @@ def decompose_layer(task: tuple[FactorJob, int]) -> dict[str, Any]:
 def finish_factors(job: FactorJob) -> dict[str, Any]:
     """Write Lambda, verify every array, write the completion marker, and drop the partial sums."""
     started = time.perf_counter()
-    blocks = open_subject(job.subject).attributed.blocks
-    sums = root(job, "eigenvalues")
-    group = location.open_group(location.join(job.url, "factors.zarr"), "r+")
-    for b, block in enumerate(blocks):
-        total = read_tensors(sums.url, lambda name, b=b: name.startswith(f"{b}/"))[f"{b}/eigenvalues"]  # type: ignore[misc]
-        _write(_layer(group, b), "eigenvalues", total.double() / job.examples)
-        for name in _shapes(block):
-            if not np.isfinite(np.asarray(_layer(group, b)[name][...])).all():
-                raise ArithmeticError(f"factors of layer {block.name}: {name} is not finite: the gradients overflow")
-    marker = {"fisher": job.fisher, "examples": job.examples, "layers": [block.name for block in blocks]}
-    storage.sweep(job.url)
-    storage.write_json(location.join(job.url, "complete.json"), marker)
-    storage.delete_tree(location.join(job.url, "partial"))
+    if not layout.is_complete(job.url):
+        blocks = open_subject(job.subject).attributed.blocks
+        sums = root(job, "eigenvalues")
+        group = location.open_group(location.join(job.url, "factors.zarr"), "r+")
+        for b, block in enumerate(blocks):
+            total = read_tensors(sums.url, lambda name, b=b: name.startswith(f"{b}/"))[f"{b}/eigenvalues"]  # type: ignore[misc]
+            _write(_layer(group, b), "eigenvalues", total.double() / job.examples)
+            for name in _shapes(block):
+                if not np.isfinite(np.asarray(_layer(group, b)[name][...])).all():
+                    raise ArithmeticError(f"factors of layer {block.name}: {name} is not finite: the gradients overflow")
+        marker = {"fisher": job.fisher, "examples": job.examples, "layers": [block.name for block in blocks]}
+        storage.sweep(job.url)
+        if storage.create_once(location.join(job.url, "complete.json"), json.dumps(marker).encode()):
+            storage.delete_tree(location.join(job.url, "partial"))
     return {"seconds": time.perf_counter() - started}
 
 

@@ -21,6 +21,7 @@ from tasks.tensors import read_tensors, write_tensors
 from tda import location, schema
 from tda.curvature.eigen import Factor
 from tda.directions import Dense, Direction, Factored, query_gradients, squared_norms, take
+from tda.errors import InputError, cause
 from tda.methods import EKFAC, Method, parse
 from tda.products import Products, fast_float32
 from tda.scoring import Scorer, score, score_error
@@ -168,10 +169,14 @@ def create_results(job: ScoreJob, labels: dict[str, np.ndarray | None], attrs: d
     storage.write_json(location.join(job.receipts, "created.json"), {})
 
 
+def _receipt(job: ScoreJob, shard: int, block: int) -> str:
+    return location.join(job.receipts, "scores", f"{shard:06d}-{block:06d}.json")
+
+
 def score_shard(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
     """Score one train chunk against one query block under every method; write whole chunks, then the receipt."""
     job, shard, block = task
-    receipt = location.join(job.receipts, "scores", f"{shard:06d}-{block:06d}.json")
+    receipt = _receipt(job, shard, block)
     if location.exists(receipt):
         return {**location.read_json(receipt), "seconds": 0.0}
     started = time.perf_counter()
@@ -202,15 +207,32 @@ def score_shard(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
 
 
 def verify_shard(task: tuple[ScoreJob, int]) -> dict[str, Any]:
-    """Read one train chunk of every array back: ArithmeticError names the array and shard where a value is missing or NaN."""
+    """Read one train chunk of every array back.
+
+    Where a value is missing, NaN or damaged, the shard's receipts are deleted, so that the same command computes it again, and an
+    ArithmeticError names the array and the examples.
+    """
     job, shard = task
     started = time.perf_counter()
     group: Any = location.open_group(job.results, "r")
     train = slice(job.train_ids(shard).start, job.train_ids(shard).stop)
     names = ["influence", "train_loss", *(["self_influence"] if job.self_influence else [])]
-    for name in names:
-        if not np.isfinite(group[name][..., train]).all():
-            raise ArithmeticError(f"{name}, training examples {train.start}..{train.stop - 1}: a value is missing or not finite")
-    if shard == 0 and not np.isfinite(group["query_measurement"][...]).all():
-        raise ArithmeticError("query_measurement: a value is missing or not finite")
+    wanted = dict.fromkeys(names, (..., train)) | ({"query_measurement": (...,)} if shard == 0 else {})
+    for name, where in wanted.items():
+        wrong = _wrong(group[name], where)
+        if wrong:
+            for block in range(job.shape[1]):
+                storage.delete(_receipt(job, shard, block))
+            examples = "" if name == "query_measurement" else f", training examples {train.start}..{train.stop - 1}"
+            raise ArithmeticError(f"{name}{examples}: {wrong}; the next try computes it again")
     return {"seconds": time.perf_counter() - started}
+
+
+def _wrong(array: Any, where: tuple[Any, ...]) -> str:
+    """What is wrong with a part of an array; empty where nothing is."""
+    try:
+        return "" if np.isfinite(array[where]).all() else "a value is missing or not finite"
+    except (InputError, OSError):  # the store's trouble, not the chunk's
+        raise
+    except Exception as error:  # noqa: BLE001  (a damaged chunk may raise anything that its codecs do)
+        return f"cannot be read ({cause(error)})"

@@ -166,7 +166,7 @@ def seal(url: str) -> None:
 
 
 class _AtomicLocalFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
-    """Local files that appear whole or not at all: a writer killed halfway leaves only a *.partial file."""
+    """Local files that appear whole or not at all, and reach the disk: a writer killed halfway leaves only a *.partial file."""
 
     protocol = ("tda-file",)
 
@@ -178,10 +178,23 @@ class _AtomicLocalFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec i
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
         try:
-            partial.write_bytes(value)
+            with partial.open("xb") as file:
+                file.write(value)
+                file.flush()
+                # A receipt that reaches the disk before its chunk would hide the loss of the chunk in a power cut.
+                os.fsync(file.fileno())
             partial.replace(target)
+            _sync_folder(target.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _zarr_store(url: str, *, read_only: bool) -> FsspecStore:

@@ -43,7 +43,7 @@ def test_the_tasks_of_a_complete_fit_do_nothing(job: FactorJob) -> None:
 def test_only_who_completes_a_fit_first_sweeps_the_partial_sums(job: FactorJob, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(job)
     partial = [name for name in objects(job.url) if name.startswith("partial/")]
-    monkeypatch.setattr(factors.storage, "create_once", lambda url, data: False)
+    monkeypatch.setattr(factors.storage, "create_once", lambda *_: False)
     factors.finish_factors(job)
     assert [name for name in objects(job.url) if name.startswith("partial/")] == partial
     monkeypatch.undo()

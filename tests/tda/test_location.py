@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +194,22 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
 
 def _refuse(*_args, **_kwargs):
     raise PermissionError(13, "Permission denied")
+
+
+def test_a_chunk_reaches_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    group = location.open_group(f"file://{tmp_path}/g", "w")
+    array = group.create_array("x", shape=(4,), chunks=(4,), dtype="int64")
+    steps, sync, rename = [], os.fsync, Path.replace
+
+    def told_sync(descriptor):
+        steps.append(Path(f"/proc/self/fd/{descriptor}").readlink().name.rpartition(".")[2])
+        sync(descriptor)
+
+    def told_rename(self, target):
+        steps.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", told_sync)
+    monkeypatch.setattr(Path, "replace", told_rename)
+    array[...] = 1
+    assert steps == ["partial", "rename", "c"]
