@@ -55,16 +55,14 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
         command: the command line that runs it, for the message of a failed run.
 
     Raises:
-        InputError, StoreError, ClusterError: the user's input, store or cluster is not usable; nothing was written.
+        InputError, StoreError, ClusterError, ApiError: what the user gave or named is not usable; nothing was written.
         RunFailed: a stage failed; what was finished is kept.
     """
     started = time.perf_counter()
     request = request_of(config)
     try:
         with embedded_api() as api:
-            inputs = prepare.examine(request)
-            storage.check_store(request.store)
-            _refuse_newer(request.store)
+            inputs = _examine(request)
             with open_cluster(config.cluster.spec()) as client:
                 warming = stages.warm(client, request)
                 with api.used(), _given(Prepared(started, inputs, client)):
@@ -76,6 +74,13 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
             raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
         resume = f"`{command}`" if command else "the same run"
         raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
+
+
+def _examine(request: prepare.Request) -> prepare.Inputs:
+    """Look at everything that a user can get wrong; the store first, since reading all of the data may take long."""
+    storage.check_store(request.store)
+    _refuse_newer(request.store)
+    return prepare.examine(request)
 
 
 def _refuse_newer(store: str) -> None:
@@ -132,7 +137,7 @@ def _prepared(request: prepare.Request, cluster: ClusterSpec) -> Iterator[Prepar
         yield given
         return
     started = time.perf_counter()
-    inputs = prepare.examine(request)
+    inputs = _examine(request)
     with open_cluster(cluster) as client:
         yield Prepared(started, inputs, client)
 

@@ -60,10 +60,11 @@ def status(arguments: list[str]) -> int:
 
 def _status_of(error: Exception) -> int | None:
     from infra.cluster import ClusterError, ShardFailed
+    from infra.prefect_api import ApiError
     from infra.storage import StoreError
     from tda.errors import InputError
 
-    if isinstance(error, InputError | StoreError | ClusterError):
+    if isinstance(error, InputError | StoreError | ClusterError | ApiError):
         return BAD_INPUT
     # RunFailed by name: its module imports Prefect, and when it was raised that has happened anyway.
     return FAILED if isinstance(error, ShardFailed) or type(error).__name__ == "RunFailed" else None

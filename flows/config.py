@@ -62,6 +62,12 @@ class ClusterConfig(_Table):
             raise ValueError('cluster.kind = "address" needs cluster.address; add address = "tcp://HOST:8786"')
         if self.kind != "address" and self.address is not None:
             raise ValueError(f'cluster.address = "{self.address}" is used only with cluster.kind = "address"; set it or remove the address')
+        if self.kind == "address":
+            for key in ("workers", "threads", "memory_limit"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f'cluster.{key} does not change the workers at cluster.address; remove it, or use cluster.kind = "local"'
+                    )
         return self
 
     def spec(self) -> ClusterSpec:
@@ -93,6 +99,18 @@ class RunConfig(_Table):
     methods: Annotated[list[dict[str, Any]], Field(min_length=1)]
     """[[methods]] tables as written; tda.methods.parse_all has accepted them."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+    @field_validator("problem_options")
+    @classmethod
+    def _options_are_json(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for key, value in options.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):  # TOML has dates, times, nan and inf; a run's manifest cannot hold them
+                raise ValueError(
+                    f"problem_options.{key} is {_shown(value)}, which JSON does not have; write it as text in quotes"
+                ) from None
+        return options
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), store: str | None = None) -> RunConfig:
@@ -226,7 +244,7 @@ def _dotted(loc: Sequence[int | str]) -> str:
 def _shown(value: Any) -> str:
     """A value as TOML would have it, shortened."""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
         text = str(value)
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."

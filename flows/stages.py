@@ -18,6 +18,7 @@ from infra import storage
 from infra.cluster import ShardFailed, run_shards
 from tasks import factors, layout, prepare, publish, scores, subject, training
 from tda import location
+from tda.errors import InputError
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Session:
         """Run one function over shards on the cluster under one bar; the receipts, in order."""
         started = time.perf_counter()
         with self.progress.stage(stage, len(jobs)) as advance:
-            receipts = run_shards(self.client, function, jobs, stage=stage, on_done=lambda _: advance())
+            receipts = run_shards(self.client, function, jobs, stage=stage, on_done=lambda _: advance(), final=(InputError,))
         timing = self.timings.setdefault(stage, {"wall": 0.0, "compute": 0.0})
         timing["wall"] += time.perf_counter() - started
         timing["compute"] += sum(receipt["seconds"] for receipt in receipts)

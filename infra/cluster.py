@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -89,6 +90,7 @@ def run_shards(
     stage: str,
     on_done: Callable[[int], None] | None = None,
     retries: int = 2,
+    final: tuple[type[Exception], ...] = (),
 ) -> list[R]:
     """Compute function(shard) for every shard on the cluster; the results come in the order of the shards.
 
@@ -99,17 +101,33 @@ def run_shards(
         stage: names the keys on the cluster and the error.
         on_done: called here with the position of each shard as it finishes, in any order.
         retries: how often a shard that raises is tried again.
+        final: what is raised again however often it is tried: wrong input, say. It is not retried.
 
     Raises:
-        ShardFailed: a shard still failed after its retries; the shards not yet started are cancelled.
+        ShardFailed: a shard failed for good, or still after its retries; the shards not yet started are cancelled.
     """
     key = f"{stage}-{uuid.uuid4().hex[:8]}"
-    futures = client.map(function, shards, key=[f"{key}-{i}" for i in range(len(shards))], pure=False, retries=retries)
+    tried = partial(_tried, function, final)
+    futures = client.map(tried, shards, key=[f"{key}-{i}" for i in range(len(shards))], pure=False, retries=retries)
     try:
         return _collect(client, futures, stage, on_done)
     except BaseException:  # a failed shard, or Ctrl-C: what has not started need not start
         client.cancel(futures)
         raise
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """What a shard raised that no other try would mend; as a result, since Dask retries whatever raises."""
+
+    error: Exception
+
+
+def _tried(function: Callable[[S], R], final: tuple[type[Exception], ...], shard: S) -> R | _Refused:
+    try:
+        return function(shard)
+    except final as error:
+        return _Refused(error)
 
 
 def _collect(client: "Client", futures: "list[Future]", stage: str, on_done: Callable[[int], None] | None) -> list[Any]:
@@ -121,9 +139,12 @@ def _collect(client: "Client", futures: "list[Future]", stage: str, on_done: Cal
         position = positions[future.key]
         try:
             # Not by future.status: a result is lost when its worker dies before it is fetched, and is then computed again.
-            results[position] = future.result()
+            result = future.result()
         except Exception as error:
             raise ShardFailed(stage, position, error) from error
+        if isinstance(result, _Refused):
+            raise ShardFailed(stage, position, result.error) from result.error
+        results[position] = result
         if on_done is not None:
             on_done(position)
     return results

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from infra.settings import quiet_prefect
+from infra.settings import Settings, quiet_prefect
 
 STOP_SECONDS = 5
 
 
 class ApiError(RuntimeError):
-    """Prefect's API did not start. The message is one line with the way out."""
+    """Prefect's API did not start, or does not answer. The message is one line with the way out."""
 
 
 class Api:
@@ -51,11 +51,17 @@ class Api:
 
 @contextmanager
 def embedded_api() -> Iterator[Api]:
-    """An API server for the length of the block; it starts at once, beside what the block does first."""
+    """An API server for the length of the block; it starts at once, beside what the block does first.
+
+    Raises:
+        ApiError: a setting names a server that does not answer.
+    """
     quiet_prefect()
     from prefect.settings import PREFECT_API_URL
 
-    if PREFECT_API_URL.value():
+    url = PREFECT_API_URL.value()
+    if url:
+        _check_answers(url)
         yield Api(None)
         return
     # -P: a folder named "infra" where the user stands is not ours.
@@ -73,6 +79,17 @@ def embedded_api() -> Iterator[Api]:
         yield Api(process)
     finally:
         _stop(process)
+
+
+def _check_answers(url: str) -> None:
+    """Any answer will do, a refusal too: what Prefect says about it later is clear enough."""
+    import httpx
+
+    try:
+        httpx.get(f"{url.rstrip('/')}/health", timeout=Settings().connect_timeout)
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ApiError(f"no Prefect server answers at PREFECT_API_URL = {url} ({said}); start it, correct the URL, or unset it") from error
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:

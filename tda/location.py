@@ -13,7 +13,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import fsspec
 import zarr
@@ -33,6 +33,7 @@ def resolve(url: str, base: str | os.PathLike[str] | None = None) -> str:
     """Return the absolute form of a store's URL, without a slash at its end.
 
     "./store", "file:./store" and "file:///abs/store" give "file:///abs/store"; "s3://bucket/prefix/" gives "s3://bucket/prefix".
+    What follows file: is a path as it is: "%20" in it is no space, so that what was resolved stays itself when it is resolved again.
 
     Args:
         url: what the user typed. A relative path is taken from `base`.
@@ -47,7 +48,7 @@ def resolve(url: str, base: str | os.PathLike[str] | None = None) -> str:
     if colon and scheme == "s3":
         return _resolve_s3(url.strip())
     if colon and scheme == "file":
-        return _resolve_file(unquote(rest), url, base)
+        return _resolve_file(rest, url, base)
     if colon and scheme.isalnum() and len(scheme) > 1 and "/" not in scheme:
         raise InputError(f"store URL {url!r} has the scheme {scheme!r}; supported are file: and s3:")
     return _resolve_file(url.strip(), url, base)
@@ -109,8 +110,10 @@ def read_json(url: str) -> dict[str, Any]:
 def read_json_many(urls: Sequence[str]) -> list[dict[str, Any] | None]:
     """The JSON objects at `urls`, fetched side by side where the store allows it; None where nothing is stored.
 
+    What is stored but is no JSON object is given as {}: one damaged object must not hide the others. `read_json` says what is wrong.
+
     Raises:
-        InputError: as `read_json`.
+        InputError: the store refuses or cannot be reached.
     """
     if not urls:
         return []
@@ -119,7 +122,8 @@ def read_json_many(urls: Sequence[str]) -> list[dict[str, Any] | None]:
     with _readable(urls[0]):
         # What failed is dropped here and read again below, one by one: absent gives None, everything else its error.
         found: dict[str, bytes] = fs.cat(paths, on_error="omit")
-    return [_json_object(url, found[path]) if path in found else _json_or_none(url) for url, path in zip(urls, paths, strict=True)]
+    values = [found.get(path) or _bytes_or_none(url) for url, path in zip(urls, paths, strict=True)]
+    return [None if data is None else _json_or_empty(url, data) for url, data in zip(urls, values, strict=True)]
 
 
 def list_names(url: str) -> list[str]:
@@ -264,11 +268,18 @@ def _resolve_file(path: str, url: str, base: str | os.PathLike[str] | None) -> s
     return "file://" + os.path.abspath(folder / Path(path).expanduser())  # noqa: PTH100
 
 
-def _json_or_none(url: str) -> dict[str, Any] | None:
+def _bytes_or_none(url: str) -> bytes | None:
     try:
-        return read_json(url)
+        return read_bytes(url)
     except FileNotFoundError:
         return None
+
+
+def _json_or_empty(url: str, data: bytes) -> dict[str, Any]:
+    try:
+        return _json_object(url, data)
+    except InputError:
+        return {}
 
 
 def _json_object(url: str, data: bytes) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def list_runs(store: str | os.PathLike[str]) -> pd.DataFrame:
 
     Returns:
         Columns run (id), created (UTC), complete, problem, methods (labels, comma-separated), train and query (numbers of examples),
-        reused (what was taken from earlier runs, comma-separated). A run that was interrupted is listed with complete = False.
+        reused (what was taken from earlier runs, comma-separated). A run that was interrupted is listed with complete = False; so is one
+        whose run.json is damaged, which says so in place of the problem.
 
     Raises:
         InputError: the store cannot be read.
@@ -63,6 +64,8 @@ def open_run(store: str | os.PathLike[str], run: str = "latest", *, incomplete: 
     run_id = _latest(url, manifests, incomplete=incomplete) if run == "latest" else _by_prefix(url, run, manifests)
     manifest = manifests[run_id]
     where = location.join(url, "runs", run_id)
+    if not manifest:
+        location.read_json(f"{where}/run.json")  # raises, and says how it is damaged
     schema.check_version(manifest, f"{where}/run.json")
     if not (manifest.get("complete") or incomplete):
         raise InputError(f"run {run_id} in {url} is incomplete; run the same config again to finish it, or pass incomplete=True")
@@ -271,7 +274,7 @@ def _spectra(run: Run, fingerprint: str, prefix: str) -> xr.Dataset:
 
 
 def _manifests(store: str, prefix: str | None = None) -> dict[str, dict[str, Any]]:
-    """run.json by run id, of the runs whose id begins with `prefix` (or is it); folders without one are left out."""
+    """run.json by run id, {} where it is damaged, of the runs whose id begins with `prefix` (or is it); no folder without one."""
     runs = location.join(store, "runs")
     names = [name for name in location.list_names(runs) if prefix is None or name.startswith(prefix)]
     if prefix in names:
@@ -281,9 +284,11 @@ def _manifests(store: str, prefix: str | None = None) -> dict[str, dict[str, Any
 
 
 def _latest(store: str, manifests: dict[str, dict[str, Any]], *, incomplete: bool) -> str:
-    candidates = [name for name, manifest in manifests.items() if incomplete or manifest.get("complete")]
+    candidates = [name for name, manifest in manifests.items() if manifest.get("complete") or (incomplete and manifest)]
     if not candidates:
-        unfinished = f" ({len(manifests)} incomplete)" if manifests else ""
+        damaged = [name for name, manifest in manifests.items() if not manifest]
+        told = f", run.json of {', '.join(damaged)} is damaged" if damaged else ""
+        unfinished = f" ({len(manifests)} incomplete{told})" if manifests else ""
         raise InputError(f"no complete run in {store}{unfinished}; `tda run CONFIG` makes one, or give another store")
     return max(candidates, key=lambda name: (str(manifests[name].get("created", "")), name))
 
@@ -303,7 +308,7 @@ def _row(run_id: str, manifest: dict[str, Any]) -> dict[str, Any]:
         "run": run_id,
         "created": manifest.get("created"),
         "complete": bool(manifest.get("complete")),
-        "problem": manifest.get("problem"),
+        "problem": manifest.get("problem") if manifest else "run.json is damaged",
         "methods": ", ".join(map(str, manifest.get("methods", []))),
         "train": shape.get("train"),
         "query": shape.get("query"),

@@ -42,7 +42,7 @@ def test_of_starts_at_the_same_time_each_has_its_own_id(
     attribute(config, f"{tmp_path}/store", cluster)  # trains
     request = request_of(load_config(config, (), f"{tmp_path}/store"))
     plan = prepare.plan(request, prepare.examine(request))
-    monkeypatch.setattr(flow.location, "list_names", lambda url: [])  # as both see it before either has written
+    monkeypatch.setattr(flow.location, "list_names", lambda _: [])  # as both see it before either has written
     with ThreadPoolExecutor(4) as pool:
         ids = [found[0] for found in pool.map(lambda _: flow._claim(plan, {}), range(8))]
     assert len(set(ids)) == 8

@@ -213,3 +213,16 @@ def test_what_a_newer_version_has_stored_is_not_misread(told: Tell, tmp_path: Pa
         assert "has schema_version 2, and this tda reads up to 1; upgrade tda to open it" in printed.err
         assert printed.err.count("\n") == 1
     assert "has schema_version 2, and this tda reads up to 1; upgrade tda" in told()
+
+
+def test_a_prefect_server_that_does_not_answer_is_told_at_once(told: Tell) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        line = told()
+    assert line.startswith("no Prefect server answers at PREFECT_API_URL = http://127.0.0.1:9/api (")
+    assert line.endswith("); start it, correct the URL, or unset it")
+
+
+def test_the_store_is_checked_before_the_data_are_read(told: Tell, tmp_path: Path) -> None:
+    assert "~/no/such does not exist" in told(problem=(INPUTS, "        raise RuntimeError\n"), store=f"{tmp_path}/no/such/store")

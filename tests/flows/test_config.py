@@ -89,6 +89,18 @@ def test_overrides_win_over_the_file_and_reach_into_tables(tmp_path: Path) -> No
         ("", '[cluster]\nkind = "address"', 'digits.toml: cluster.kind = "address" needs cluster.address'),
         ("", '[cluster]\naddress = "tcp://h:1"', 'digits.toml: cluster.address = "tcp://h:1" is used only with cluster.kind = "address"'),
         ("", '[cluster]\nmemory_limit = "much"', "digits.toml: cluster.memory_limit must be a number of bytes or a text"),
+        (
+            "",
+            '[cluster]\nkind = "address"\naddress = "tcp://h:1"\nworkers = 8',
+            "digits.toml: cluster.workers does not change the workers at",
+        ),
+        ("", '[cluster]\nkind = "address"\naddress = "tcp://h:1"\nthreads = 4', "digits.toml: cluster.threads does not change the workers"),
+        (
+            "problem_options = {day = 2026-11-22}",
+            "",
+            "digits.toml: problem_options.day is 2026-11-22, which JSON does not have; write it as",
+        ),
+        ("problem_options = {a = [nan]}", "", "digits.toml: problem_options.a is [nan], which JSON does not have"),
         ("", "damping = -1", "digits.toml: damping must be"),
         ("", '[[methods]]\nname = "ekfax"', "digits.toml: unknown method 'ekfax'; did you mean"),
         ("a b = 1", "", "digits.toml: is not valid TOML: "),

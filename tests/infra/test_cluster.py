@@ -42,6 +42,12 @@ def fails_once(folder: str) -> str:
     return "second try"
 
 
+def always_refuses(folder: str) -> str:
+    with (Path(folder) / "tries").open("a") as log:
+        log.write("x")
+    raise LookupError("the user's to mend")
+
+
 def dies_once(folder: str) -> str:
     marker = Path(folder) / "died"
     if not marker.exists():
@@ -174,3 +180,10 @@ def test_a_scheduler_without_workers_is_refused(monkeypatch: pytest.MonkeyPatch)
         spec = ClusterSpec(kind="address", address=elsewhere.scheduler_address)
         with pytest.raises(ClusterError, match="has no workers"), open_cluster(spec):
             pass
+
+
+def test_what_no_other_try_would_mend_is_not_tried_again(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(ShardFailed, match="shard 0: LookupError: the user's to mend") as caught:
+        run_shards(client, always_refuses, [str(tmp_path)], stage="scores", final=(LookupError,))
+    assert isinstance(caught.value.cause, LookupError)
+    assert (tmp_path / "tries").read_text() == "x"

@@ -234,10 +234,18 @@ def test_a_run_whose_arrays_are_gone_says_so(tmp_path):
         _ = open_run(tmp_path, "x").influence
 
 
-def test_a_damaged_manifest_is_one_line(tmp_path):
-    put(f"file://{tmp_path}/runs/x/run.json", b'{"schema')
-    with pytest.raises(InputError, match="is not JSON"):
+@pytest.mark.parametrize("damaged", [b'{"schema', b"", b"[1]", b"\xff\xfe"])
+def test_a_damaged_manifest_is_told_and_hides_no_other_run(tmp_path, damaged):
+    put(f"file://{tmp_path}/runs/x/run.json", damaged)
+    with pytest.raises(InputError, match=r"no complete run in .* \(1 incomplete, run.json of x is damaged\)"):
         open_run(tmp_path)
+    with pytest.raises(InputError, match=r"is not JSON|not an object"):
+        open_run(tmp_path, "x", incomplete=True)
+    write_run(tmp_path, "good")
+    assert open_run(tmp_path).id == open_run(tmp_path, incomplete=True).id == "good"
+    table = list_runs(tmp_path).set_index("run")
+    assert (bool(table["complete"]["x"]), table["problem"]["x"]) == (False, "run.json is damaged")
+    assert table["complete"]["good"]
 
 
 def test_an_array_of_foreign_shape_is_refused(tmp_path):
