@@ -128,6 +128,18 @@ def test_workers_get_the_threads_asked_for_and_listen_on_this_machine_only() -> 
         assert hosts == {"127.0.0.1"}
 
 
+def test_workers_are_not_profiled(client: Client) -> None:
+    # The profiler deadlocks one in some hundreds of them.
+    assert run_shards(client, profiled, range(4), stage="profile") == [False] * 4
+
+
+def profiled(_: int) -> bool:
+    import dask
+    from distributed import get_worker
+
+    return bool(dask.config.get("distributed.worker.profile.enabled")) or "profile" in get_worker().periodic_callbacks
+
+
 def test_the_environment_of_this_process_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
