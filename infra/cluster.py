@@ -28,8 +28,8 @@ LOCAL_CONFIG = {
     # torch may hold the GIL longer than any heartbeat; a local worker that dies closes its connection anyway.
     "distributed.scheduler.worker-ttl": None,
     "distributed.comm.timeouts.connect": "60s",
-    # The profiler calls sys._current_frames() every 10 ms, which can deadlock a worker for good (CPython's gh-106883: a garbage
-    # collection in that call, in versions before 3.12.1): neither work nor its parent's death is noticed from then on.
+    # The profiler calls sys._current_frames() every 10 ms, which in Python 3.11 can deadlock a worker for good (a garbage
+    # collection inside that call, dask/distributed#8616): neither work nor its parent's death is noticed from then on.
     "distributed.worker.profile.enabled": False,
 }
 
