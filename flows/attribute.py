@@ -150,7 +150,7 @@ def attribute(config: dict[str, Any]) -> RunSummary:
     parsed = RunConfig.model_validate(config)
     request = request_of(parsed)
     progress = Progress()
-    with progress.shown(), _prepared(request, parsed.cluster.spec()) as ready, stages.session(ready.client, progress) as session:
+    with progress.shown(), _prepared(request, parsed.cluster.spec()) as ready, stages.session(ready.client, progress):
         inputs, reused = ready.inputs, {}
         if not request.subject.checkpoint:
             reused["checkpoint"] = stages.train(request, inputs)
@@ -173,13 +173,10 @@ def attribute(config: dict[str, Any]) -> RunSummary:
             "reused": reused,
             "damping": publish.used_damping(plan),
             "layer_share": publish.layer_share(plan, receipts),
-            "separable_errors": location.read_json(location.join(job.directions, "complete.json"))["separable_errors"],
         }
-        session.timings["total"] = {
-            "wall": time.perf_counter() - ready.started,
-            "compute": sum(t["compute"] for t in session.timings.values()),
-        }
-        stages.finish(plan, run_url, manifest | found)
+        errors = location.read_json(location.join(job.directions, "complete.json"))["separable_errors"]
+        found["separable_errors"] = publish.separable_errors(plan, errors)
+        stages.finish(plan, run_url, manifest | found, ready.started)
     names = [name for name, was in reused.items() if was]
     return RunSummary(run_id, run_url, location.join(run_url, "report.html"), request.store, names)
 

@@ -123,7 +123,7 @@ def top(
     query: Annotated[int, typer.Option("--query", "-q", help="The query's id.")],
     run: RunId = "latest",
     k: Annotated[int, typer.Option("-k", min=1, help="How many training examples.")] = 10,
-    method: Annotated[str | None, typer.Option(help="A method's label; the run's first when absent.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method's label; the last of the configuration when absent.")] = None,
     kind: Annotated[Literal["helpful", "harmful"], typer.Option(help="Which end of the ranking.")] = "helpful",
     store: Store = DEFAULT_STORE,
 ) -> None:
@@ -178,10 +178,10 @@ def _print_summary(summary: "RunSummary") -> None:
 
 
 def _print_examples(opened: "Run") -> None:
-    """For a few queries, spread over all, the training examples at both ends of the last method's ranking."""
+    """For a few queries, spread over all, the training examples at both ends of the default method's ranking."""
     from flows.tables import print_table
 
-    method = opened.methods[-1]
+    method = opened.default_method
     ids = opened.influence["query"].values.tolist()
     chosen = ids[:: max(1, len(ids) // SHOWN_QUERIES)][:SHOWN_QUERIES]
     labels = opened.influence.coords.get("query_label")

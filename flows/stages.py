@@ -39,6 +39,11 @@ class Session:
         timing["compute"] += sum(receipt["seconds"] for receipt in receipts)
         return receipts
 
+    def timed(self, started: float) -> dict[str, dict[str, float]]:
+        """The timings of the stages, and of the whole run so far."""
+        compute = sum(timing["compute"] for timing in self.timings.values())
+        return self.timings | {"total": {"wall": time.perf_counter() - started, "compute": compute}}
+
 
 # Stages find their session here: a cluster client is nothing that Prefect should look into or store.
 _SESSION: ContextVar[Session] = ContextVar("session")
@@ -120,12 +125,14 @@ def score(job: scores.ScoreJob) -> list[dict[str, Any]]:
 
 
 @_stage
-def finish(plan: prepare.Plan, run_url: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Verify every chunk, write the report, and turn the run complete."""
+def finish(plan: prepare.Plan, run_url: str, manifest: dict[str, Any], started: float) -> None:
+    """Verify every chunk, write the report, and turn the run complete. started: when the run began, as time.perf_counter."""
     here = _SESSION.get()
     storage.sweep(run_url)
     here.shards(scores.verify_shard, [(plan.scores, shard) for shard in range(plan.scores.shape[0])], "verify")
     with here.progress.stage("report", 1) as advance:
-        finished = publish.publish(plan, run_url, manifest | {"timings": here.timings})
+        begun = time.perf_counter()
+        publish.write_page(plan, run_url, manifest | {"timings": here.timed(started)})
+        here.timings["report"] = dict.fromkeys(("wall", "compute"), time.perf_counter() - begun)
+        publish.complete(run_url, manifest | {"timings": here.timed(started)})
         advance()
-    return finished

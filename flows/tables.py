@@ -52,6 +52,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         ["reused", ", ".join(name for name, was in manifest.get("reused", {}).items() if was) or "nothing"],
         ["seeds", _inline(manifest.get("seeds"))],
         ["noise", _inline(manifest.get("noise")) or "none: nothing was sampled"],
+        *(["separable", f"{method}: relative error {cell(error)}"] for method, error in manifest.get("separable_errors", {}).items()),
         ["versions", _inline(manifest.get("versions"))],
         *(["note", str(note)] for note in manifest.get("notes", [])),
     ]
@@ -69,7 +70,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
 
 SHOWN = {
     "run_id", "complete", "created", "problem", "methods", "shape", "measurement", "sign", "units", "coverage", "reused", "seeds", "noise",
-    "versions", "notes", "damping", "timings",
+    "versions", "notes", "damping", "timings", "separable_errors",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tasks import layout
 from tasks.factors import FactorJob
-from tasks.scores import ScoreJob
+from tasks.scores import CHUNK_QUERIES, ScoreJob
 from tasks.subject import Opened, Subject, open_subject, read_checkpoint
 from tda import checkpoint, location, sizes
 from tda.data import batches, digest, length
@@ -180,6 +180,8 @@ def plan(request: Request, inputs: Inputs) -> Plan:
         fits[method.fisher_kind] = FactorJob(url, subject, method.fisher_kind, seed, inputs.examples, shard, batch, request.products)
         urls.append(url)
     queries = request.query_block or sizes.query_block(blocks, inputs.queries, len(methods), itemsize=itemsize)
+    if request.query_block is None and CHUNK_QUERIES < queries < inputs.queries:
+        queries -= queries % CHUNK_QUERIES  # so that it can be cut in chunks of that many
     scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries * len(methods), itemsize=itemsize)
     asked = {
         "query": inputs.query, "methods": [json.loads(text) for text in request.methods],
@@ -194,18 +196,21 @@ def plan(request: Request, inputs: Inputs) -> Plan:
     return Plan(request, subject, inputs, weights, fits, scores, whole)
 
 
-def results_attrs(plan: Plan, run_id: str) -> dict[str, Any]:
-    """Attributes of results.zarr: sign, units, damping and the measurement stand beside the numbers."""
+def stated(plan: Plan) -> dict[str, Any]:
+    """What stands both in the manifest and beside the arrays: methods, sign, units and the measurement."""
     methods = plan.scores.parsed()
-    problem = open_subject(plan.subject).attributed.problem
     return {
-        "run_id": run_id,
         "methods": [method.title for method in methods],
         "sign": SIGN,
         "units": {method.title: method.unit for method in methods},
-        "measurement": measurement_of(problem),
-        "damping": {method.title: getattr(method, "damping", None) for method in methods},
+        "measurement": measurement_of(open_subject(plan.subject).attributed.problem),
     }
+
+
+def results_attrs(plan: Plan, run_id: str) -> dict[str, Any]:
+    """Attributes of results.zarr: sign, units, damping and the measurement stand beside the numbers."""
+    damping = {method.title: getattr(method, "damping", None) for method in plan.scores.parsed()}
+    return {"run_id": run_id, **stated(plan), "damping": damping}
 
 
 def described(plan: Plan) -> dict[str, Any]:
@@ -219,6 +224,3 @@ def described(plan: Plan) -> dict[str, Any]:
         "directions": plan.scores.directions.rpartition("/")[2],
         "run": plan.fingerprint,
     }
-
-
-__all__ = ["Inputs", "Plan", "Request", "checkpoint_artifact", "described", "examine", "plan", "results_attrs"]

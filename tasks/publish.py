@@ -10,21 +10,18 @@ import torch
 
 import tda
 from infra import storage
-from tasks.prepare import Plan, described, results_attrs
+from tasks.prepare import Plan, described, stated
 from tasks.report import write_report
 from tasks.subject import open_subject
 from tda import location, results
-from tda.modules import Attributed
-from tda.problem import measurement_of
-from tda.schema import SCHEMA_VERSION, SIGN
+from tda.attributed import Attributed
+from tda.schema import SCHEMA_VERSION
 
 _LIBRARIES = ("torch", "numpy", "zarr", "xarray", "dask", "prefect", "s3fs")
 
 
 def first_manifest(plan: Plan, run_id: str, created: str, config: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a run that starts: complete is False."""
-    opened, methods = open_subject(plan.subject), plan.scores.parsed()
-    problem = opened.attributed.problem
     seeds = {"run": plan.request.seed} | {f"fisher ({key})": job.seed for key, job in plan.fits.items() if key == "sampled"}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -36,13 +33,10 @@ def first_manifest(plan: Plan, run_id: str, created: str, config: dict[str, Any]
         "versions": {"tda": tda.__version__, "python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         "fingerprints": described(plan),
         "seeds": seeds,
-        "measurement": measurement_of(problem),
-        "methods": [method.title for method in methods],
         "shape": {"train": plan.inputs.examples, "query": plan.inputs.queries},
-        "coverage": coverage(opened.attributed),
-        "sign": SIGN,
-        "units": {method.title: method.unit for method in methods},
-        "noise": {},
+        "coverage": coverage(open_subject(plan.subject).attributed),
+        **stated(plan),
+        "noise": noise(plan),
         "notes": notes(plan),
     }
 
@@ -71,9 +65,21 @@ def notes(plan: Plan) -> list[str]:
     blocks = open_subject(plan.subject).attributed.blocks
     said = [f"{b.name}: diagonal curvature ({b.size} parameters without Kronecker structure)" for b in blocks if b.structure == "diagonal"]
     said += [f"{b.name}: {b.remark}" for b in blocks if b.remark]
-    if "sampled" in plan.fits:
-        said.append('the Fisher\'s labels are sampled, one per example: its noise is not part of the scores; fisher = "exact" has none')
+    said += [f"{m.title}: a cosine; it ranks examples and predicts no change" for m in plan.scores.parsed() if m.cosine]
     return said
+
+
+def noise(plan: Plan) -> dict[str, str]:
+    """What was sampled, and how; empty where nothing was."""
+    fit = plan.fits.get("sampled")
+    if fit is None:
+        return {}
+    return {"the Fisher's labels": f'one draw per example, seed {fit.seed}; the scores hold its noise, fisher = "exact" has none'}
+
+
+def separable_errors(plan: Plan, found: dict[str, float]) -> dict[str, float]:
+    """The relative error reached, for the methods that allow a separable form."""
+    return {method.title: found[method.title] for method in plan.scores.parsed() if getattr(method, "separable", 0.0) > 0}
 
 
 def used_damping(plan: Plan) -> dict[str, dict[str, float]]:
@@ -95,14 +101,12 @@ def layer_share(plan: Plan, receipts: list[dict[str, Any]]) -> dict[str, dict[st
     return {method.title: dict(zip(names, row, strict=True)) for method, row in zip(plan.scores.parsed(), share.tolist(), strict=True)}
 
 
-def publish(plan: Plan, run_url: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the report, then the manifest with complete = True in one object: from then on readers see the run."""
-    finished = {**manifest, "complete": True}
-    run = results.Run(run_url, finished)
-    page = write_report(run, open_subject(plan.subject).attributed.problem)
-    storage.write_bytes(location.join(run_url, "report.html"), page)
-    storage.write_json(location.join(run_url, "run.json"), finished)
-    return finished
+def write_page(plan: Plan, run_url: str, manifest: dict[str, Any]) -> None:
+    """Write the report of a run whose arrays are all there."""
+    run = results.Run(run_url, {**manifest, "complete": True})
+    storage.write_bytes(location.join(run_url, "report.html"), write_report(run, open_subject(plan.subject).attributed.problem))
 
 
-__all__ = ["coverage", "first_manifest", "layer_share", "publish", "results_attrs", "used_damping"]
+def complete(run_url: str, manifest: dict[str, Any]) -> None:
+    """Write the manifest with complete = True in one object: from then on readers see the run."""
+    storage.write_json(location.join(run_url, "run.json"), {**manifest, "complete": True})

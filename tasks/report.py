@@ -128,6 +128,8 @@ def _method(run: Run, train: _Examples, place: int) -> dict[str, Any]:
         "outliers": [train(i) | {"score": own[i]} for i in outliers],
         "layers": _layers(run.manifest, run.methods[place]),
         "unit": _unit(run, place),
+        "cosine": _unit(run, place).startswith("cosine"),
+        "separable": run.manifest.get("separable_errors", {}).get(run.methods[place]),
     }
 
 

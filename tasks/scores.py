@@ -26,6 +26,8 @@ from tda.methods import EKFAC, Method, parse
 from tda.products import Products, fast_float32
 from tda.scoring import Scorer, score, score_error
 
+#: A stored chunk holds so many queries, or more where it would be below CHUNK_NUMBERS: a query's row is then read without many others.
+CHUNK_QUERIES, CHUNK_NUMBERS = 16, 1 << 14
 #: Queries and training examples on which a separable form is compared with the exact one.
 CHECKED = 64
 
@@ -60,6 +62,14 @@ class ScoreJob:
     def shape(self) -> tuple[int, int]:
         """Numbers of train shards and of query blocks."""
         return -(-self.examples // self.shard_size), -(-self.queries // self.query_block)
+
+    @property
+    def query_chunk(self) -> int:
+        """Queries per stored chunk: a part of a block, so that each chunk is written whole by one task."""
+        most = min(self.query_block, max(CHUNK_QUERIES, CHUNK_NUMBERS // self.shard_size))
+        if self.query_block >= self.queries:
+            return most
+        return max(size for size in range(1, most + 1) if self.query_block % size == 0)
 
     def parsed(self) -> list[Method]:
         """The methods."""
@@ -155,7 +165,7 @@ def create_results(job: ScoreJob, labels: dict[str, np.ndarray | None], attrs: d
         return
     group = location.open_group(job.results, "a")
     group.attrs.update({"schema_version": schema.SCHEMA_VERSION, **attrs})
-    layout.ensure_array(group, "influence", (m, q, n), (1, job.query_block, job.shard_size))
+    layout.ensure_array(group, "influence", (m, q, n), (1, job.query_chunk, job.shard_size))
     layout.ensure_array(group, "train_loss", (n,), (job.shard_size,))
     layout.ensure_array(group, "query_measurement", (q,), (job.query_block,))
     if job.self_influence:

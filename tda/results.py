@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -21,10 +21,38 @@ from tda.errors import InputError
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
 _SPECTRA = ("eigenvalues", "kfac_in", "kfac_out")
 
+_INEXACT = ("nearest", "pad", "ffill", "backfill", "bfill")
+
 Kind = Literal["helpful", "harmful"]
+
+
+class Scores(xr.DataArray):  # type: ignore[no-untyped-call]  # of its own __init_subclass__
+    """Influences by method, with one difference to a DataArray: sel(method="ekfac") selects by label.
+
+    xarray's sel has an argument of that name, for inexact matches ("nearest"), and passes over it where there is nothing to match.
+    """
+
+    __slots__ = ()
+
+    def sel(
+        self, indexers: Mapping[Any, Any] | None = None, method: str | None = None, tolerance: Any = None, drop: bool = False, **labels: Any
+    ) -> Self:
+        """As DataArray.sel, but `method` is the label of a method.
+
+        Raises:
+            InputError: no such method.
+        """
+        if method is None or method in _INEXACT:
+            return super().sel(indexers, method, tolerance, drop, **labels)
+        known = [str(label) for label in np.atleast_1d(self.coords["method"].to_numpy())] if "method" in self.coords else []
+        if method not in known:
+            raise InputError(f"no method {method!r} here; there is {', '.join(known) or 'none'}")
+        chosen = {"method": method} if "method" in self.dims else {}
+        return super().sel({**chosen, **(indexers or {}), **labels}, None, tolerance, drop)
 
 
 class NotStored(AttributeError):  # noqa: N818  (reads as what happened: run.stderr is not stored)
@@ -108,14 +136,19 @@ class Run:
         return [str(method) for method in self.manifest.get("methods", [])]
 
     @property
+    def default_method(self) -> str:
+        """The method that is meant where none is named: the last one of the configuration, after its baselines."""
+        return self.methods[-1]
+
+    @property
     def influence(self) -> xr.DataArray:
         """Scores (method, query, train), float32, lazily; coords query, train, query_label, train_label; attrs sign, units, damping."""
-        return self._results["influence"]
+        return Scores(self._results["influence"])
 
     @property
     def self_influence(self) -> xr.DataArray:
         """Scores (method, train) of each training example on its own loss, float32, lazily."""
-        return self._array("self_influence", "self_influence = true")
+        return Scores(self._array("self_influence", "self_influence = true"))
 
     @property
     def train_loss(self) -> xr.DataArray:
@@ -170,7 +203,7 @@ class Run:
         Args:
             query: the query's id.
             k: how many; fewer where there are fewer training examples.
-            method: its label; the run's first when absent.
+            method: its label; the last one of the configuration when absent.
             kind: "helpful" or "harmful".
 
         Returns:
@@ -225,7 +258,7 @@ class Run:
     def _method(self, method: str | None) -> str:
         labels = [str(label) for label in self._results["method"].to_numpy()]
         if method is None:
-            return labels[0]
+            return self.default_method
         if method not in labels:
             raise InputError(f"run {self.id} has no method {method!r}; it has {', '.join(labels)}")
         return method

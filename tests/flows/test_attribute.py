@@ -128,7 +128,12 @@ def test_a_run_states_what_it_covers_did_and_means(run: Run) -> None:
     assert told["reused"] == {"checkpoint": False, "factors (sampled)": False, "factors (exact)": False, "directions": False}
     for stage in ("train", "covariances (exact)", "eigendecompositions (exact)", "eigenvalues (sampled)", "directions", "scores", "total"):
         assert told["timings"][stage]["wall"] > 0
-    assert told["timings"]["total"]["wall"] >= told["timings"]["scores"]["wall"]
+    for kind in ("wall", "compute"):
+        rest = [timing[kind] for stage, timing in told["timings"].items() if stage != "total"]
+        assert told["timings"]["total"][kind] >= sum(rest) - 1e-9, "also of the verification and the report"
+    assert {"verify", "report"} < set(told["timings"])
+    assert "one draw per example, seed 0" in told["noise"]["the Fisher's labels"]
+    assert told["separable_errors"] == {}, "no method here allows it"
     for shares in told["layer_share"].values():
         assert sum(shares.values()) == pytest.approx(1.0)
 
@@ -139,6 +144,15 @@ def test_what_is_left_out_is_named_with_its_parameters(config: Path, store: str,
     assert [(skipped["name"], skipped["parameters"]) for skipped in coverage["skipped"]] == [("3.weight", 15), ("3.bias", 3)]
     assert "exclude" in coverage["skipped"][0]["reason"]
     assert coverage["share"] == pytest.approx(1 - 18 / 63)
+
+
+def test_what_was_not_sampled_and_what_was_approximated_is_stated(config: Path, store: str, cluster: str, run: Run) -> None:
+    methods = 'methods=[{name="gradcos"}, {name="ekfac", fisher="exact", separable=1e-3}]'
+    _, other = attribute(config, store, cluster, methods)
+    assert other.manifest["noise"] == {}
+    assert 0 <= other.manifest["separable_errors"]["ekfac"] <= 1e-3
+    assert set(other.manifest["separable_errors"]) == {"ekfac"}
+    assert "gradcos: a cosine; it ranks examples and predicts no change" in other.manifest["notes"]
 
 
 def test_the_same_bytes_from_one_worker_from_two_and_when_repeated(

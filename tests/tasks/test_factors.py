@@ -1,13 +1,16 @@
-"""A fit may be computed by two runs at once: whoever comes after its completion changes nothing."""
+"""A fit is the same in any order, goes on after a kill, and may be computed by two runs at once."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks import factors
-from tasks.factors import FactorJob, Node
+from tasks.factors import FactorJob
 from tasks.subject import Subject
 from tests.flows.runs import objects, write_config
+from tests.tasks.jobs import fit
 
 
 @pytest.fixture
@@ -17,35 +20,45 @@ def job(tmp_path: Path) -> FactorJob:
     return FactorJob(f"file://{tmp_path}/fit", subject, "exact", 0, 23, 2, 8, "full")
 
 
-def fit(job: FactorJob) -> None:
-    factors.create_factors(job)
-    for sums in ("covariance", "eigenvalues"):
-        for shard in range(job.shards):
-            factors.sum_shard(Node(job, sums, 0, shard))
-        for level in factors.levels(job, sums):
-            for node in level:
-                factors.reduce_node(node)
-        if sums == "covariance":
-            for layer in range(3):
-                factors.decompose_layer((job, layer))
+def test_tasks_in_another_order_give_the_same_bytes(job: FactorJob) -> None:
+    other = replace(job, url=f"{job.url}-backwards")
+    fit(job)
+    fit(other, order=-1)
+    assert objects(job.url) == objects(other.url)
+
+
+def test_a_fit_killed_while_its_arrays_were_created_goes_on(job: FactorJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = replace(job, url=f"{job.url}-undisturbed")
+    fit(undisturbed)
+    created, create = [], factors.schema.create_array
+
+    def killed(*arguments: Any) -> Any:
+        if len(created) == 4:
+            raise KeyboardInterrupt
+        created.append(arguments)
+        return create(*arguments)
+
+    monkeypatch.setattr(factors.schema, "create_array", killed)
+    with pytest.raises(KeyboardInterrupt):
+        factors.create_factors(job)
+    monkeypatch.undo()
+    fit(job)
+    assert objects(job.url) == objects(undisturbed.url)
 
 
 def test_the_tasks_of_a_complete_fit_do_nothing(job: FactorJob) -> None:
     fit(job)
-    factors.finish_factors(job)
     before = objects(job.url)
     assert "complete.json" in before
     fit(job)  # of a run that began before the other's was complete
-    factors.finish_factors(job)
     assert objects(job.url) == before
 
 
 def test_only_who_completes_a_fit_first_sweeps_the_partial_sums(job: FactorJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit(job)
-    partial = [name for name in objects(job.url) if name.startswith("partial/")]
     monkeypatch.setattr(factors.storage, "create_once", lambda *_: False)
-    factors.finish_factors(job)
-    assert [name for name in objects(job.url) if name.startswith("partial/")] == partial
+    with pytest.raises(AssertionError):
+        fit(job)
+    assert [name for name in objects(job.url) if name.startswith("partial/")]
     monkeypatch.undo()
     factors.finish_factors(job)
     assert not [name for name in objects(job.url) if name.startswith("partial/")]

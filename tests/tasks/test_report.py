@@ -42,6 +42,20 @@ def test_the_page_holds_what_a_run_must_state(run):
     assert "14.2 s" in page  # the whole run's time, not the sum of its stages
 
 
+def test_the_page_opens_on_the_last_method_of_the_configuration(tmp_path):
+    page = page_of(tmp_path, methods=("graddot", "kfac", "ekfac"))
+    assert re.findall(r'aria-label="Show (\w+)" checked', page) == ["ekfac"]
+
+
+def test_a_cosine_is_not_called_a_change_and_a_separable_form_states_its_error(tmp_path):
+    page = page_of(tmp_path, methods=("gradcos", "ekfac"), separable_errors={"ekfac": 4.2e-4})
+    first, second = page.split('<p class="lead of of-')[1:3]
+    assert "they rank examples, and predict no change" in first
+    assert "separable" not in first
+    assert "they rank" not in second.partition("</p>")[0]
+    assert "Directions in separable form: relative error of the scores 0.00042" in second
+
+
 def test_the_page_is_the_same_bytes_for_the_same_run(run):
     assert write_report(run, Shown(images)) == write_report(run, Shown(images))
 

@@ -1,8 +1,10 @@
 import json
+import pickle
 
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
 from tda import location, schema
 from tda.errors import InputError
@@ -166,11 +168,43 @@ def test_helpful_examples_move_the_measurement_in_its_better_direction(tmp_path,
     assert list(helpful["rank"]) == [1, 2, 3, 4, 5]
 
 
-def test_top_takes_the_first_method_and_stops_at_the_number_of_examples(tmp_path):
+def test_top_takes_the_last_method_and_stops_at_the_number_of_examples(tmp_path):
     write_run(tmp_path, train=3)
     run = open_run(tmp_path)
     assert len(run.top(0, 10)) == 3
-    pd.testing.assert_frame_equal(run.top(0, 2), run.top(0, 2, "ekfac"))
+    assert run.default_method == "graddot"
+    pd.testing.assert_frame_equal(run.top(0, 2), run.top(0, 2, "graddot"))
+
+
+def test_sel_by_method_selects_the_method_alone_and_with_others(tmp_path):
+    write_run(tmp_path)
+    run = open_run(tmp_path)
+    whole = run.influence.to_numpy()
+    np.testing.assert_array_equal(run.influence.sel(method="graddot"), whole[1])
+    np.testing.assert_array_equal(run.influence.sel(method="graddot", query=3, train=[5, 4]), whole[1, 3, [5, 4]])
+    np.testing.assert_array_equal(run.influence.sel({"query": 3}, method="ekfac"), whole[0, 3])
+    np.testing.assert_array_equal(run.influence.sel(query=3).sel(method="ekfac"), whole[0, 3])
+    np.testing.assert_array_equal(run.influence.sel(method="ekfac").sel(method="ekfac", query=1), whole[0, 1])
+    np.testing.assert_array_equal(run.self_influence.sel(method="graddot"), run.self_influence.to_numpy()[1])
+    assert run.influence.sel(query=[3.2], method="nearest")["query"].item() == 3
+    with pytest.raises(InputError, match="no method 'ekfak' here; there is ekfac, graddot"):
+        run.influence.sel(method="ekfak")
+
+
+def test_scores_do_what_arrays_do(tmp_path):
+    write_run(tmp_path)
+    scores = open_run(tmp_path).influence
+    assert not scores.variable._in_memory, "nothing was fetched"
+    assert scores.attrs["sign"] == schema.SIGN
+    assert "ekfac" in repr(scores)
+    assert "<div" in scores._repr_html_()
+    np.testing.assert_array_equal(2 * scores - scores, scores)
+    assert scores.isel(train=0).mean("query").shape == (2,)
+    assert scores.to_dataframe(name="score").shape[0] == scores.size
+    assert scores.groupby("train_label").sum().sizes["train_label"] == 10
+    assert np.abs(scores).max() == np.abs(scores.to_numpy()).max()
+    assert xr.concat([scores, scores], "again").sizes["again"] == 2
+    assert pickle.loads(pickle.dumps(scores.load())).equals(scores)  # noqa: S301  (our own)
 
 
 def test_ranking_leaves_out_what_was_not_computed_and_breaks_ties_by_position():
