@@ -20,16 +20,16 @@ def store(request, tmp_path):
 @pytest.mark.parametrize(
     ("url", "absolute"),
     [
-        ("./store", "file:///work/here/store"),
-        ("store/", "file:///work/here/store"),
-        ("file:./store", "file:///work/here/store"),
-        ("file:store", "file:///work/here/store"),
+        ("./store", "file:///srv/here/store"),
+        ("store/", "file:///srv/here/store"),
+        ("file:./store", "file:///srv/here/store"),
+        ("file:store", "file:///srv/here/store"),
         ("file:/data/store/", "file:///data/store"),
         ("file:///data/a/../store", "file:///data/store"),
         ("file://localhost/data", "file:///data"),
         ("file:///with%20space", "file:///with%20space"),
         ("file:///with space", "file:///with space"),
-        ("./a%20b", "file:///work/here/a%20b"),
+        ("./a%20b", "file:///srv/here/a%20b"),
         ("/with space/100%25", "file:///with space/100%25"),
         ("s3://bucket/prefix/", "s3://bucket/prefix"),
         ("s3://bucket//a///b", "s3://bucket/a/b"),
@@ -38,7 +38,7 @@ def store(request, tmp_path):
     ],
 )
 def test_a_url_becomes_absolute_and_stays_itself_when_resolved_again(url, absolute):
-    assert location.resolve(url, "/work/here") == absolute
+    assert location.resolve(url, "/srv/here") == absolute
     assert location.resolve(absolute) == absolute
 
 
