@@ -175,6 +175,7 @@ class _AtomicLocalFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec i
     protocol = ("tda-file",)
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+        """Write one whole file: beside its place, through to the disk, then renamed."""
         if mode != "overwrite":
             super().pipe_file(path, value, mode=mode)
             return
