@@ -8,6 +8,7 @@ from tda.errors import InputError
 from tda.likelihoods import Bernoulli, Categorical, Gaussian, TokenCategorical
 from tda.measurements import absolute_error, margin
 from tda.problem import Batch, Problem
+from tda.recipe import Recipe
 
 if TYPE_CHECKING:
     from tda.results import list_runs, open_run
@@ -21,6 +22,7 @@ __all__ = [
     "Gaussian",
     "InputError",
     "Problem",
+    "Recipe",
     "TokenCategorical",
     "__version__",
     "absolute_error",

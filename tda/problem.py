@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tda.errors import InputError, cause
 from tda.likelihoods import Likelihood
+from tda.recipe import Recipe, train
 from tda.sources import check_current, sources
 
 Split = Literal["train", "query"]
@@ -37,7 +38,7 @@ class Problem(ABC):
 
     likelihood: ClassVar[Likelihood]
     #: Which direction of the measurement is good news: decides what "helpful" means.
-    better: ClassVar[Literal["lower", "higher"]] = "lower"
+    better: Literal["lower", "higher"] = "lower"
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -67,8 +68,16 @@ class Problem(ABC):
             return found
         return None
 
+    def recipe(self) -> Recipe | None:
+        """How `fit` trains where the problem does not define its own; many models are then retrained at once. None: not said."""
+        return None
+
     def fit(self, model: nn.Module, dataset: Any, *, seed: int, on_checkpoint: Callable[..., None]) -> None:
-        """Train `model` in place; only needed where no checkpoint is given, or for retraining."""
+        """Train `model` in place; only needed where no checkpoint is given, or for retraining. By default as the recipe says."""
+        recipe = self.recipe()
+        if recipe is not None:
+            train(self, recipe, model, dataset, seed=seed, on_checkpoint=on_checkpoint)
+            return
         raise InputError(f"{type(self).__name__} has no fit(model, dataset, *, seed, on_checkpoint): give a checkpoint or define it")
 
     def collate(self, examples: list[Any]) -> Any:
@@ -82,14 +91,14 @@ class Problem(ABC):
 
 
 def can_fit(problem: Problem) -> bool:
-    """Whether the problem's class defines its own training."""
-    return type(problem).fit is not Problem.fit
+    """Whether the problem says how to train: by its own `fit`, or by a recipe."""
+    return type(problem).fit is not Problem.fit or problem.recipe() is not None
 
 
 def measurement_of(problem: Problem) -> dict[str, str]:
     """Name of the measurement and the direction that is good news, as stored with a run."""
-    own = type(problem).measurement is not Problem.measurement
-    return {"name": "measurement" if own else "loss", "better": problem.better}
+    own = getattr(problem.measurement, "__func__", None) is not Problem.measurement
+    return {"name": getattr(problem.measurement, "__name__", "measurement") if own else "loss", "better": problem.better}
 
 
 def load_problem(spec: str, options: dict[str, Any] | None = None) -> Problem:

@@ -1,1 +1,1 @@
-"""Is the attribution true? Retraining on subsets, and the metrics that compare it with the scores."""
+"""Whether attributions are true: retraining on subsets, and how well scores predict what it does."""

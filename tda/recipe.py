@@ -1,0 +1,94 @@
+"""Plain training as data: SGD with momentum on shuffled batches. A problem that states its recipe needs no `fit` of its own.
+
+Because it is plain, many models can be trained by it at once (`tda.evaluation.stacked`), each as if it were alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from tda.errors import InputError
+
+if TYPE_CHECKING:
+    from tda.problem import Batch, Problem
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD: w <- w - learning_rate * b, where b <- momentum * b + grad + weight_decay * w.
+
+    grad is of the mean loss over a batch; batches are the consecutive pieces of a fresh random order in every epoch, the last one
+    possibly smaller.
+
+    Raises:
+        InputError: a number is out of its range.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
+        _check("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps of one epoch over so many examples."""
+        return -(-examples // self.batch_size)
+
+
+def _check(name: str, value: float, good: bool, wanted: str) -> None:
+    if not good:
+        raise InputError(f"the recipe's {name} is {value}; it must be {wanted}")
+
+
+def orders(recipe: Recipe, examples: int, seed: int) -> Iterator[Tensor]:
+    """The order of the examples in each epoch, (examples,) int64: a function of the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(recipe.epochs):
+        yield torch.randperm(examples, generator=generator)
+
+
+def train(problem: Problem, recipe: Recipe, model: nn.Module, dataset: Any, *, seed: int, on_checkpoint: Callable[..., None]) -> None:
+    """Train `model` in place on a map-style dataset, and call `on_checkpoint` after every epoch (see docs/problems.md).
+
+    The whole dataset is held in memory, in the model's dtype and on its device.
+    """
+    whole = load_all(problem, dataset, next(model.parameters()))
+    optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay)
+    model.train()
+    step = 0
+    for order in orders(recipe, len(dataset), seed):
+        for ids in order.to(whole.targets.device).split(recipe.batch_size):
+            batch = rows(whole, ids)
+            optimizer.zero_grad()
+            problem.likelihood.loss(problem.predict(model, batch), batch.targets).mean().backward()
+            optimizer.step()
+            step += 1
+        on_checkpoint(
+            model=model, learning_rate=recipe.learning_rate, step=step, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+
+
+def load_all(problem: Problem, dataset: Any, like: Tensor) -> Batch:
+    """The whole dataset as one batch, in the dtype and on the device of `like`."""
+    from tda.data import length, load_batch
+
+    return load_batch(problem, dataset, range(length(dataset, "train")), dtype=like.dtype, device=like.device)
+
+
+def rows(batch: Batch, ids: Tensor) -> Batch:
+    """Examples of a batch by their places: ids (...) gives leaves (..., *example)."""
+    return type(batch)(tree_map(lambda leaf: leaf[ids], batch.inputs), batch.targets[ids])
