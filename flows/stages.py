@@ -97,7 +97,7 @@ def _fit(job: factors.FactorJob) -> None:
     run, kind = _SESSION.get().shards, job.fisher
     factors.create_factors(job)
     for sums, label in (("covariance", "covariances"), ("eigenvalues", "eigenvalues")):
-        run(factors.sum_shard, [factors.Node(job, sums, 0, shard) for shard in range(job.shards)], f"{label} ({kind})")  # type: ignore[arg-type]
+        run(factors.sum_shard, [factors.Node(job, sums, 0, part) for part in range(job.parts)], f"{label} ({kind})")  # type: ignore[arg-type]
         for level in factors.levels(job, sums):  # type: ignore[arg-type]
             run(factors.reduce_node, level, f"sum {label} ({kind})")
         if sums == "covariance":

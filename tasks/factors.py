@@ -1,9 +1,12 @@
 """Fitting factors: partial sums per shard of training examples, a fixed reduction tree, one eigendecomposition per layer.
 
-    partial/covariance/<level>/<node>.safetensors    level 0: one per shard; each level above sums FANOUT nodes
+    partial/covariance/<level>/<node>.safetensors    level 0: one per part; each level above sums FANOUT nodes
     partial/eigenvalues/<level>/<node>.safetensors   likewise, in the eigenbasis
     factors.zarr/layers/<layer>/...                  bases and spectra
     complete.json                                    last
+
+A part is a shard of the training examples at one checkpoint. Most fits are of one checkpoint; those of a segment of the training pool
+several: every mean is then over examples and checkpoints.
 
 Every object is written whole; a task whose object is there already does nothing, so a fit that was interrupted goes on where it was.
 Nor does a task of a fit that is complete: two runs may compute the same fit at once, and the first to complete it sweeps partial/.
@@ -36,7 +39,7 @@ from tda.data import batches
 from tda.directions import check_finite
 from tda.products import Products
 
-#: Nodes that one reduction task sums; sums are in float64 and in the order of the shards.
+#: Nodes that one reduction task sums; sums are in float64 and in the order of the parts.
 FANOUT = 8
 
 Sums = Literal["covariance", "eigenvalues"]
@@ -44,10 +47,13 @@ Sums = Literal["covariance", "eigenvalues"]
 
 @dataclass(frozen=True)
 class FactorJob:
-    """One fit: where it is stored, of what, with which labels, and how it is cut up."""
+    """One fit: where it is stored, of what, with which labels, and how it is cut up.
+
+    subjects: the same model and data at one checkpoint, or at several that are pooled.
+    """
 
     url: str
-    subject: Subject
+    subjects: tuple[Subject, ...]
     fisher: Fisher
     seed: int
     examples: int
@@ -56,13 +62,29 @@ class FactorJob:
     products: Products
 
     @property
+    def subject(self) -> Subject:
+        """The first of the subjects: what is the same in all of them can be read from it."""
+        return self.subjects[0]
+
+    @property
     def shards(self) -> int:
-        """Number of shards."""
+        """Number of shards that the examples are cut into."""
         return -(-self.examples // self.shard_size)
 
-    def ids(self, shard: int) -> range:
-        """Example ids of a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.examples))
+    @property
+    def parts(self) -> int:
+        """Number of parts: shards x checkpoints."""
+        return self.shards * len(self.subjects)
+
+    @property
+    def count(self) -> int:
+        """What sums are divided by: examples x checkpoints."""
+        return self.examples * len(self.subjects)
+
+    def part(self, index: int) -> tuple[Subject, range]:
+        """The subject and the example ids of a part; one checkpoint's parts follow each other."""
+        subject, shard = divmod(index, self.shards)
+        return self.subjects[subject], range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.examples))
 
 
 @dataclass(frozen=True)
@@ -81,8 +103,8 @@ class Node:
 
 
 def levels(job: FactorJob, sums: Sums) -> list[list[Node]]:
-    """The reduction tree's nodes above the shards, level by level; empty for a single shard."""
-    found, count, level = [], job.shards, 0
+    """The reduction tree's nodes above the parts, level by level; empty for a single part."""
+    found, count, level = [], job.parts, 0
     while count > 1:
         count, level = -(-count // FANOUT), level + 1
         found.append([Node(job, sums, level, index) for index in range(count)])
@@ -101,27 +123,29 @@ def _done(job: FactorJob, url: str) -> bool:
 
 
 def sum_shard(node: Node) -> dict[str, Any]:
-    """Compute the sums of one shard and write them."""
+    """Compute the sums of one part and write them."""
     started = time.perf_counter()
     if not _done(node.job, node.url):
-        job, opened = node.job, open_subject(node.job.subject)
+        job = node.job
+        subject, ids = job.part(node.index)
+        opened = open_subject(subject)
         options: dict[str, Any] = {"fisher": job.fisher, "seed": job.seed, "batch_size": job.batch_size, "products": job.products}
         if node.sums == "covariance":
-            covariances = covariance_sums(opened.attributed, opened.train, job.ids(node.index), **options)
+            covariances = covariance_sums(opened.attributed, opened.train, ids, **options)
             tensors = {f"{b}/{side}": getattr(c, side) for b, c in enumerate(covariances) for side in ("out", "in_", "positions")}
         else:
             factors = load_factors(job.url, opened.attributed.blocks, eigenvalues=False)
-            found = eigenvalue_sums(opened.attributed, factors, opened.train, job.ids(node.index), **options)
+            found = eigenvalue_sums(opened.attributed, factors, opened.train, ids, **options)
             tensors = {f"{b}/eigenvalues": t for b, t in enumerate(found)}
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-            _explain(opened, job, node.index)
+            _explain(opened, job, ids)
         write_tensors(node.url, tensors)
     return {"seconds": time.perf_counter() - started}
 
 
-def _explain(opened: Opened, job: FactorJob, shard: int) -> NoReturn:
-    """Find the example that made a shard's sums infinite: InputError where its loss is not finite, else ArithmeticError."""
-    attributed, ids = opened.attributed, job.ids(shard)
+def _explain(opened: Opened, job: FactorJob, ids: range) -> NoReturn:
+    """Find the example that made a part's sums infinite: InputError where its loss is not finite, else ArithmeticError."""
+    attributed = opened.attributed
     with torch.no_grad():
         for part in batches(ids, job.batch_size):
             batch = attributed.load(opened.train, part)
@@ -136,7 +160,7 @@ def reduce_node(node: Node) -> dict[str, Any]:
     """Sum a node's children in order, in float64, and write the sum."""
     started = time.perf_counter()
     if not _done(node.job, node.url):
-        below = node.job.shards if node.level == 1 else len(levels(node.job, node.sums)[node.level - 2])
+        below = node.job.parts if node.level == 1 else len(levels(node.job, node.sums)[node.level - 2])
         total: dict[str, Tensor] = {}
         for child in range(node.index * FANOUT, min((node.index + 1) * FANOUT, below)):
             for name, tensor in read_tensors(Node(node.job, node.sums, node.level - 1, child).url).items():
@@ -183,7 +207,7 @@ def decompose_layer(task: tuple[FactorJob, int]) -> dict[str, Any]:
         attributed = open_subject(job.subject).attributed
         sums = read_tensors(root(job, "covariance").url, lambda name: name.startswith(f"{layer}/"))
         covariance = Covariance(*(sums[f"{layer}/{side}"] for side in ("out", "in_", "positions")))
-        factor = decompose(attributed.blocks[layer], covariance, job.examples, attributed.dtype)
+        factor = decompose(attributed.blocks[layer], covariance, job.count, attributed.dtype)
         group = _layer(location.open_group(location.join(job.url, "factors.zarr"), "r+"), layer)
         for name in ("basis_out", "basis_in", "kfac_out", "kfac_in"):
             value = getattr(factor, name)
@@ -202,7 +226,7 @@ def finish_factors(job: FactorJob) -> dict[str, Any]:
         group = location.open_group(location.join(job.url, "factors.zarr"), "r+")
         for b, block in enumerate(blocks):
             total = read_tensors(sums.url, lambda name, b=b: name.startswith(f"{b}/"))[f"{b}/eigenvalues"]  # type: ignore[misc]
-            _write(_layer(group, b), "eigenvalues", total.double() / job.examples)
+            _write(_layer(group, b), "eigenvalues", total.double() / job.count)
             for name in _shapes(block):
                 if not np.isfinite(np.asarray(_layer(group, b)[name][...])).all():
                     raise ArithmeticError(f"factors of layer {block.name}: {name} is not finite: the gradients overflow")

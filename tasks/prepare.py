@@ -177,7 +177,7 @@ def plan(request: Request, inputs: Inputs) -> Plan:
         seed = request.seed if method.fisher_kind == "sampled" else 0
         key = fingerprint("factors", fisher=method.fisher_kind, seed=seed, **common)
         url = layout.artifact(request.store, "factors", key)
-        fits[method.fisher_kind] = FactorJob(url, subject, method.fisher_kind, seed, inputs.examples, shard, batch, request.products)
+        fits[method.fisher_kind] = FactorJob(url, (subject,), method.fisher_kind, seed, inputs.examples, shard, batch, request.products)
         urls.append(url)
     queries = request.query_block or sizes.query_block(blocks, inputs.queries, len(methods), itemsize=itemsize)
     if request.query_block is None and CHUNK_QUERIES < queries < inputs.queries:

@@ -17,7 +17,7 @@ from tests.tasks.jobs import fit
 def job(tmp_path: Path) -> FactorJob:
     write_config(tmp_path)
     subject = Subject(f"{tmp_path}/tiny.py:Tiny", "{}", "", ("*",), (), "auto")
-    return FactorJob(f"file://{tmp_path}/fit", subject, "exact", 0, 23, 2, 8, "full")
+    return FactorJob(f"file://{tmp_path}/fit", (subject,), "exact", 0, 23, 2, 8, "full")
 
 
 def test_tasks_in_another_order_give_the_same_bytes(job: FactorJob) -> None:
