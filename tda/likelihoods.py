@@ -34,6 +34,9 @@ class Likelihood(Protocol):
     def hessian_columns(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """Columns c_k (each shaped like outputs) with sum_k c_k c_k^T = E_y[grad grad^T] per example; InputError: too many."""
 
+    def hessian_product(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """The Hessian of the loss in the outputs, times tangents (..., *outputs.shape), example by example: the same shape."""
+
 
 def _no_columns(name: str) -> InputError:
     return InputError(f'fisher = "exact" cannot enumerate the labels of {name}; use fisher = "sampled" or "empirical"')
@@ -47,6 +50,12 @@ def _check_classes(labels: Tensor, classes: int) -> None:
         where = int(bad.reshape(len(labels), -1).any(1).nonzero()[0])
         place = f" at place {where} of the batch" if len(labels) > 1 else ""
         raise InputError(f"target {int(labels[bad][0])}{place} is out of range: the model has classes 0..{classes - 1}")
+
+
+def _softmax_product(outputs: Tensor, tangents: Tensor) -> Tensor:
+    """(diag(p) - p p^T) u along the last axis, p = softmax(outputs)."""
+    p = outputs.softmax(-1)
+    return p * (tangents - (p * tangents).sum(-1, keepdim=True))
 
 
 def _pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:
@@ -94,6 +103,10 @@ class Categorical:
             column[:, c] -= 1
             yield p_BC[:, c : c + 1].sqrt() * column
 
+    def hessian_product(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """(diag(p) - p p^T) u for tangents u (..., batch, classes)."""
+        return _softmax_product(outputs, tangents)
+
 
 @dataclass(frozen=True)
 class TokenCategorical:
@@ -137,6 +150,13 @@ class TokenCategorical:
         """Never available: tokens x vocabulary columns are too many."""
         raise _no_columns(f"{outputs.shape[1]} tokens x {outputs.shape[2]} words")
 
+    def hessian_product(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """(diag(p) - p p^T) u token by token for tangents u (..., batch, tokens, vocabulary); 0 where the token is ignored."""
+        labelled = (targets != self.ignore_index).to(outputs.dtype)
+        if self.reduction == "mean":
+            labelled = labelled / labelled.sum(1, keepdim=True).clamp(min=1)
+        return _softmax_product(outputs, tangents) * labelled[..., None]
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -167,6 +187,10 @@ class Gaussian:
             column = torch.zeros_like(flat)
             column[:, k] = 1
             yield column.view_as(outputs)
+
+    def hessian_product(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """The tangents themselves: the Hessian is the identity."""
+        return tangents
 
 
 @dataclass(frozen=True)
@@ -201,6 +225,11 @@ class Bernoulli:
             column = torch.zeros_like(root)
             column[:, k] = root[:, k]
             yield column.view_as(outputs)
+
+    def hessian_product(self, outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        """p (1 - p) u for tangents u (..., *outputs.shape)."""
+        p = outputs.sigmoid()
+        return p * (1 - p) * tangents
 
 
 def _check_real(outputs: Tensor, targets: Tensor, name: str) -> None:
