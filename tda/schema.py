@@ -29,6 +29,7 @@ UNITS = "units of the measurement (nats for the loss)"
 
 _SINGLE = ("float32",)
 _FLOAT = ("float32", "float64")
+_DOUBLE = ("float64",)
 _INTEGER = ("int64",)
 
 
@@ -80,7 +81,74 @@ _FACTORS = (
     ArraySpec("basis_out", ("group", "out", "out_basis"), _FLOAT, "eigenvectors of S, one per column", fill=_NAN),
 )
 
-SPECS: Mapping[str, ArraySpec] = {spec.name: spec for spec in (*_RESULTS, *_FACTORS)}
+# One group per diagonal block of a curvature matrix: of the whole matrix, or of one layer.
+_SPECTRA = (
+    ArraySpec("spectrum", ("eigenvector",), _DOUBLE, "eigenvalues of the curvature, ascending", _SQUARED_GRADIENT, fill=_NAN),
+    ArraySpec("eigenvectors", ("eigenvector", "parameter"), _DOUBLE, "eigenvectors of the curvature, one per row", fill=_NAN),
+)
+
+_WIDE = ("float64",)
+_TEXT = ("str",)
+
+# A study of the curvature ladder: one point per combination of swept options (and share of the training). NaN where a point was refused,
+# and where a rung is above its reference.
+_STUDIES = (
+    ArraySpec("error", ("point", "definition", "inverse", "reference", "rung"), _WIDE, "relative error of a rung's inverse", fill=_NAN),
+    ArraySpec(
+        "error_share", ("point", "definition", "inverse", "reference", "step"), _WIDE, "a step's increase of the error / K-FAC's", fill=_NAN
+    ),
+    ArraySpec("matrix_error", ("point", "reference", "rung"), _WIDE, "||R - A||_F / ||R||_F, nothing inverted", fill=_NAN),
+    ArraySpec(
+        "layer_error",
+        ("point", "inverse", "reference", "rung", "layer"),
+        _WIDE,
+        "relative error of the inverse's diagonal block",
+        fill=_NAN,
+    ),
+    ArraySpec(
+        "layer_mass", ("point", "reference", "layer", "other_layer"), _WIDE, "Frobenius norm of a block", _SQUARED_GRADIENT, fill=_NAN
+    ),
+    ArraySpec("off_block_mass", ("point", "reference"), _WIDE, "||M - blk(M)||_F / ||M||_F", fill=_NAN),
+    ArraySpec("basis_overlap", ("point", "reference", "rung", "top"), _WIDE, "||V_k^T W_k||_F^2 / k of the top k", fill=_NAN),
+    ArraySpec("layer_basis_overlap", ("point", "rung", "layer", "top"), _WIDE, "the same within a layer, by block_ggn", fill=_NAN),
+    ArraySpec("spectrum_overlap", ("point", "reference", "rung"), _WIDE, "1 - ||sorted s - sorted t|| / ||s||", fill=_NAN),
+    ArraySpec("layer_spectrum_overlap", ("point", "rung", "layer"), _WIDE, "the same within a layer, by block_ggn", fill=_NAN),
+    ArraySpec("spectrum", ("point", "rung", "quantile"), _WIDE, "eigenvalue at a share of the ranks", "nats per parameter^2", fill=_NAN),
+    ArraySpec("kept", ("point", "inverse", "rung"), _WIDE, "share of the directions that the inverse keeps", fill=_NAN),
+    ArraySpec("agreement", ("point", "inverse", "rung"), _WIDE, "mean over queries of Spearman with the Hessian's scores", fill=_NAN),
+    ArraySpec("rung_lds", ("point", "alpha", "inverse", "rung", "query"), _WIDE, "linear datamodelling score", fill=_NAN),
+    ArraySpec("rung_lds_bound", ("point", "alpha", "inverse", "rung", "bound"), _WIDE, "95% bootstrap interval of the mean", fill=_NAN),
+    ArraySpec("rung_lds_ceiling", ("point", "alpha"), _WIDE, "the LDS that a perfect prediction would reach", fill=_NAN),
+    ArraySpec("negative_mass", ("point",), _WIDE, "norm of the Hessian's negative eigenvalues / of all", fill=_NAN),
+    ArraySpec("gradient_norm", ("point",), _WIDE, "norm of the mean training gradient at the checkpoint", "nats per parameter", fill=_NAN),
+    ArraySpec("mean_loss", ("point", "split"), _WIDE, "mean loss of a split at the checkpoint", "nats", fill=_NAN),
+    ArraySpec("parameters", ("point",), _INTEGER, "D: attributed parameters", fill=-1),
+    ArraySpec("projected_bytes", ("point",), _INTEGER, "what a worker holds at most for the dense matrices", "bytes", fill=-1),
+    ArraySpec("refused", ("point",), _TEXT, "why a point was left out; empty where it was measured", fill=""),
+    ArraySpec("layer_name", ("point", "layer"), _TEXT, "name of a layer; empty beyond the last", fill=""),
+    *(
+        ArraySpec(name, (name,), _TEXT, meaning, fill="")
+        for name, meaning in {
+            "definition": "inverse: ||R+ - A+|| / ||R+||; product: ||R A+ - Pi|| / ||Pi||",
+            "inverse": "label of an inverse: its damping, threshold and treatment of negative eigenvalues",
+            "reference": "rung that others are compared with",
+            "rung": "rung of the ladder",
+            "split": "of the data",
+            "step": "from a rung to the next",
+        }.items()
+    ),
+    *(
+        ArraySpec(name, (name,), _WIDE, meaning, fill=_NAN)
+        for name, meaning in {
+            "alpha": "share of the training examples in a subset",
+            "bound": "which end of an interval",
+            "quantile": "share of the ranks, from the largest eigenvalue on",
+            "top": "share of the eigenvectors, from the largest eigenvalue on",
+        }.items()
+    ),
+)
+
+SPECS: Mapping[str, ArraySpec] = {spec.name: spec for spec in (*_RESULTS, *_STUDIES, *_FACTORS, *_SPECTRA)}
 
 
 def create_array(
