@@ -58,6 +58,7 @@ class ArraySpec:
 
 _NAN = float("nan")
 _SQUARED_GRADIENT = "nats^2 per parameter^2"
+_CURVATURE = "nats per parameter^2"
 
 _RESULTS = (
     ArraySpec("influence", ("method", "query", "train"), _SINGLE, "influence of a training example on a query", UNITS, SIGN, _NAN),
@@ -83,7 +84,7 @@ _FACTORS = (
 
 # One group per diagonal block of a curvature matrix: of the whole matrix, or of one layer.
 _SPECTRA = (
-    ArraySpec("spectrum", ("eigenvector",), _DOUBLE, "eigenvalues of the curvature, ascending", _SQUARED_GRADIENT, fill=_NAN),
+    ArraySpec("spectrum", ("eigenvector",), _DOUBLE, "eigenvalues of the curvature, ascending", _CURVATURE, fill=_NAN),
     ArraySpec("eigenvectors", ("eigenvector", "parameter"), _DOUBLE, "eigenvectors of the curvature, one per row", fill=_NAN),
 )
 
@@ -113,7 +114,9 @@ _STUDIES = (
     ArraySpec("layer_basis_overlap", ("point", "rung", "layer", "top"), _WIDE, "the same within a layer, by block_ggn", fill=_NAN),
     ArraySpec("spectrum_overlap", ("point", "reference", "rung"), _WIDE, "1 - ||sorted s - sorted t|| / ||s||", fill=_NAN),
     ArraySpec("layer_spectrum_overlap", ("point", "rung", "layer"), _WIDE, "the same within a layer, by block_ggn", fill=_NAN),
-    ArraySpec("spectrum", ("point", "rung", "quantile"), _WIDE, "eigenvalue at a share of the ranks", "nats per parameter^2", fill=_NAN),
+    ArraySpec(
+        "spectrum_curve", ("point", "rung", "quantile"), _WIDE, "eigenvalue at a share of the ranks", "nats per parameter^2", fill=_NAN
+    ),
     ArraySpec("kept", ("point", "inverse", "rung"), _WIDE, "share of the directions that the inverse keeps", fill=_NAN),
     ArraySpec("agreement", ("point", "inverse", "rung"), _WIDE, "mean over queries of Spearman with the Hessian's scores", fill=_NAN),
     ArraySpec("rung_lds", ("point", "alpha", "inverse", "rung", "query"), _WIDE, "linear datamodelling score", fill=_NAN),
