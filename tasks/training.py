@@ -13,15 +13,14 @@ import time
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from infra import storage
 from tasks import layout
-from tasks.subject import DTYPES, Subject, read_checkpoint
+from tasks.subject import DTYPES, Subject
 from tda import checkpoint, location
 from tda.errors import InputError
 from tda.problem import load_problem
-from tda.trajectory import Recorder, Segment, Trajectory, average
+from tda.trajectory import Recorder, Trajectory
 
 
 def train(job: tuple[Subject, int, str]) -> dict[str, Any]:
@@ -36,11 +35,10 @@ def train(job: tuple[Subject, int, str]) -> dict[str, Any]:
         torch.manual_seed(seed)
         model = problem.model()
         model = model if subject.dtype == "auto" else model.to(DTYPES[subject.dtype])
-        weights = location.join(url, "weights.safetensors")
         recorder = Recorder(
             model,
-            lambda name, data: storage.write_bytes(step_url(weights, name), data),
-            lambda name: storage.delete(step_url(weights, name)),
+            lambda name, data: storage.write_bytes(location.join(url, name), data),
+            lambda name: storage.delete(location.join(url, name)),
         )
         problem.fit(model, problem.train_data(), seed=seed, on_checkpoint=recorder)
         data = checkpoint.dump(model)
@@ -48,14 +46,9 @@ def train(job: tuple[Subject, int, str]) -> dict[str, Any]:
         trajectory = recorder.finish(model)
         if trajectory is not None:
             storage.write_json(location.join(url, "trajectory.json"), trajectory.to_json())
-        storage.write_bytes(weights, data)
+        storage.write_bytes(location.join(url, "weights.safetensors"), data)
         storage.write_json(location.join(url, "complete.json"), {"seed": seed, "digest": checkpoint.digest(state)})
     return {"seconds": time.perf_counter() - started}
-
-
-def step_url(weights: str, name: str) -> str:
-    """Where a checkpoint lies that was kept on the way to `weights`, the URL of a weights.safetensors."""
-    return location.join(_folder(weights), "steps", f"{name}.safetensors")
 
 
 def read_trajectory(weights: str) -> Trajectory:
@@ -64,27 +57,9 @@ def read_trajectory(weights: str) -> Trajectory:
     Raises InputError where it is not known: the checkpoint was not trained by a run, or its `fit` reported nothing.
     """
     try:
-        return Trajectory.from_json(location.read_json(location.join(_folder(weights), "trajectory.json")))
+        return Trajectory.from_json(location.read_json(location.join(weights.rpartition("/")[0], "trajectory.json")))
     except FileNotFoundError as error:
         raise InputError(
             f"source needs the training's checkpoints, and there is no trajectory beside {weights}; leave `checkpoint` out, so that the "
             "run trains it, and let fit call on_checkpoint(model=..., learning_rate=..., step=...) after each epoch"
         ) from error
-
-
-def write_average(job: tuple[str, Segment, str]) -> dict[str, Any]:
-    """Write the mean weights of a segment's checkpoints as an artifact of their own; does nothing where it is complete.
-
-    job: (URL of the training's weights.safetensors, segment, artifact URL).
-    """
-    weights, segment, url = job
-    started = time.perf_counter()
-    if not layout.is_complete(url):
-        state = average([read_checkpoint(step_url(weights, name)) for name in segment.checkpoints])
-        storage.write_bytes(location.join(url, "weights.safetensors"), save(state))
-        storage.write_json(location.join(url, "complete.json"), {"digest": checkpoint.digest(state)})
-    return {"seconds": time.perf_counter() - started}
-
-
-def _folder(weights: str) -> str:
-    return weights.rpartition("/")[0]

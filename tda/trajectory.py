@@ -26,7 +26,11 @@ KEPT = 24
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was kept: its name, the optimizer's steps before it, their time, and the weight decay since the one before it."""
+    """A checkpoint that was kept.
+
+    name: where it lies, from the folder of the training's last weights. step: the optimizer's steps before it. time: of these steps.
+    weight_decay: its mean over the time since the checkpoint before.
+    """
 
     name: str
     step: int
@@ -147,7 +151,7 @@ class Recorder:
 
 
 def _name(step: int) -> str:
-    return f"{step:012d}"
+    return f"steps/{step:012d}.safetensors"
 
 
 def _check(what: str, value: float, below: float) -> None:
