@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from infra import storage
 from infra.cluster import ClusterSpec, ShardFailed, open_cluster
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
-from tasks import layout, prepare, publish, scores
+from tasks import ensemble, layout, plan, prepare, publish, scores, solves
+from tasks.factors import FactorJob
 from tasks.subject import Subject
 from tda import location, schema
 from tda.errors import InputError
@@ -103,7 +104,7 @@ def request_of(config: RunConfig) -> prepare.Request:
     methods = tuple(json.dumps(table, sort_keys=True) for table in config.methods)
     return prepare.Request(
         subject, location.resolve(config.store), config.seed, config.products, methods, config.batch_size, config.shard_size,
-        config.query_block, config.self_influence,
+        config.query_block, config.self_influence, config.ensemble,
     )  # fmt: skip
 
 
@@ -154,45 +155,52 @@ def attribute(config: dict[str, Any]) -> RunSummary:
         inputs, reused = ready.inputs, {}
         if not request.subject.checkpoint:
             reused["checkpoint"] = stages.train(request, inputs)
-        plan = prepare.plan(request, inputs)
-        run_id, manifest, resumed = _claim(plan, config)
+        decided = plan.plan(request, inputs)
+        run_id, manifest, resumed = _claim(decided, config)
         run_url = layout.run(request.store, run_id)
-        job = replace(plan.scores, results=location.join(run_url, "results.zarr"), receipts=location.join(run_url, "receipts"))
-        plan = replace(plan, scores=job)
+        decided = decided.placed(run_url)
         if resumed:
             progress.say(f"resuming run {run_id}")
-        for key, fit in plan.fits.items():
-            reused[f"factors ({key})"] = stages.fit(fit)
-        reused["directions"] = stages.directions(job)
+        receipts, labels = [], {"train": inputs.train_labels, "query": inputs.query_labels}
+        for member in decided.members:
+            suffix = f", seed {member.seed}" if len(decided.members) > 1 else ""
+            for key, fit in member.fits.items():
+                kind = "factors" if isinstance(fit, FactorJob) else "spectra"
+                reused[f"{kind} ({key}{suffix})"] = stages.fit(fit)
+            made = [stages.make_directions(scored.directions) for scored in member.scores.methods]
+            reused[f"directions{suffix}"] = all(made)
+            scores.create_results(member.scores, labels, plan.results_attrs(decided, run_id))
+            receipts.append(stages.score(member.scores))
         if any(reused.values()):
             progress.say(f"reused: {', '.join(name for name, was in reused.items() if was)}")
-        labels = {"train": inputs.train_labels, "query": inputs.query_labels}
-        scores.create_results(job, labels, prepare.results_attrs(plan, run_id))
-        receipts = stages.score(job)
+        if len(decided.members) > 1:
+            mean = ensemble.MeanJob(location.join(run_url, "results.zarr"), tuple(member.scores for member in decided.members))
+            ensemble.create_means(mean, labels, plan.results_attrs(decided, run_id))
+            stages.average(mean)
         found = {
             "reused": reused,
-            "damping": publish.used_damping(plan),
-            "layer_share": publish.layer_share(plan, receipts),
+            "damping": publish.used_damping(decided),
+            "layer_share": publish.layer_share(decided, receipts[0]),
         }
-        errors = location.read_json(location.join(job.directions, "complete.json"))["separable_errors"]
-        found["separable_errors"] = publish.separable_errors(plan, errors)
-        stages.finish(plan, run_url, manifest | found, ready.started)
+        found |= solves.summarize(decided)
+        solves.write_solves(decided, run_url)
+        stages.finish(decided, run_url, manifest | found, ready.started)
     names = [name for name, was in reused.items() if was]
     return RunSummary(run_id, run_url, location.join(run_url, "report.html"), request.store, names)
 
 
-def _claim(plan: prepare.Plan, config: dict[str, Any]) -> tuple[str, dict[str, Any], bool]:
+def _claim(decided: plan.Plan, config: dict[str, Any]) -> tuple[str, dict[str, Any], bool]:
     """The unfinished run with this fingerprint, or a new one: (id, manifest, whether it is resumed)."""
-    store = plan.request.store
+    store = decided.request.store
     runs = location.join(store, "runs")
     names = location.list_names(runs)
     for name, found in zip(names, location.read_json_many([location.join(runs, n, "run.json") for n in names]), strict=True):
-        if found and not found.get("complete") and found.get("fingerprints", {}).get("run") == plan.fingerprint:
-            return name, publish.first_manifest(plan, name, found["created"], config), True
+        if found and not found.get("complete") and found.get("fingerprints", {}).get("run") == decided.fingerprint:
+            return name, publish.first_manifest(decided, name, found["created"], config), True
     created = datetime.now(UTC)
-    run_id = f"{created:%Y%m%d-%H%M%S}-{plan.fingerprint[:6]}"
+    run_id = f"{created:%Y%m%d-%H%M%S}-{decided.fingerprint[:6]}"
     while True:
-        manifest = publish.first_manifest(plan, run_id, created.isoformat(timespec="seconds"), config)
+        manifest = publish.first_manifest(decided, run_id, created.isoformat(timespec="seconds"), config)
         if storage.create_once(location.join(runs, run_id, "run.json"), json.dumps(manifest, indent=2, allow_nan=False).encode()):
             return run_id, manifest, False
-        run_id = f"{created:%Y%m%d-%H%M%S}-{plan.fingerprint[:6]}-{secrets.token_hex(2)}"  # another start had it first
+        run_id = f"{created:%Y%m%d-%H%M%S}-{decided.fingerprint[:6]}-{secrets.token_hex(2)}"  # another start had it first

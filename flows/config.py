@@ -96,6 +96,8 @@ class RunConfig(_Table):
     """Training examples per shard, the unit of work and of resumption; None: chosen from the sizes."""
     query_block: Count | None = None
     self_influence: bool = True
+    ensemble: Count = 1
+    """Models that the run trains, with the seeds seed, seed + 1, ...; scores are averaged over them."""
     methods: Annotated[list[dict[str, Any]], Field(min_length=1)]
     """[[methods]] tables as written; tda.methods.parse_all has accepted them."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)

@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.progress import Progress
 from infra import storage
 from infra.cluster import ShardFailed, run_shards
-from tasks import factors, layout, prepare, publish, scores, subject, training
+from tasks import dense, directions, ensemble, factors, layout, plan, prepare, publish, scores, subject, training
 from tda import location
 from tda.errors import InputError
 
@@ -70,22 +70,25 @@ _stage = task(cache_policy=NO_CACHE, persist_result=False)
 
 @_stage
 def train(request: prepare.Request, inputs: prepare.Inputs) -> bool:
-    """Train the checkpoint; True where an earlier run had."""
-    url = prepare.checkpoint_artifact(request, inputs)
-    if layout.is_complete(url):
-        return True
-    _SESSION.get().shards(training.train, [(request.subject, request.seed, url)], "train")
-    return False
+    """Train the checkpoint, or one per member of an ensemble; True where an earlier run had."""
+    jobs = [(request.subject, seed, plan.training_artifact(request, inputs, seed)) for seed in plan.seeds(request)]
+    missing = [job for job in jobs if not layout.is_complete(job[2])]
+    if missing:
+        _SESSION.get().shards(training.train, missing, "train")
+    return not missing
 
 
 @_stage
-def fit(job: factors.FactorJob) -> bool:
-    """Fit one set of factors; True where an earlier run had."""
+def fit(job: factors.FactorJob | dense.DenseJob) -> bool:
+    """Fit one set of factors or spectra; True where an earlier run had."""
     if layout.is_complete(job.url):
         storage.delete_tree(location.join(job.url, "partial"))  # left where a run was killed right after its fit was complete
         return True
     try:
-        _fit(job)
+        if isinstance(job, factors.FactorJob):
+            _fit_factors(job)
+        else:
+            _fit_spectra(job)
     except ShardFailed:
         # Another run at work on the same fit (or a worker that outlived a killed one) sweeps the partial sums once it is done.
         if not layout.is_complete(job.url):
@@ -93,7 +96,7 @@ def fit(job: factors.FactorJob) -> bool:
     return False
 
 
-def _fit(job: factors.FactorJob) -> None:
+def _fit_factors(job: factors.FactorJob) -> None:
     run, kind = _SESSION.get().shards, job.fisher
     factors.create_factors(job)
     for sums, label in (("covariance", "covariances"), ("eigenvalues", "eigenvalues")):
@@ -106,14 +109,22 @@ def _fit(job: factors.FactorJob) -> None:
     run(factors.finish_factors, [job], f"finish factors ({kind})")
 
 
+def _fit_spectra(job: dense.DenseJob) -> None:
+    run, kind = _SESSION.get().shards, job.curvature
+    dense.create(job)
+    run(dense.rows, dense.row_tasks(job), f"matrix ({kind})")
+    run(dense.decompose, dense.decompose_tasks(job), f"eigendecomposition ({kind})")
+    run(dense.finish, [job], f"finish spectra ({kind})")
+
+
 @_stage
-def directions(job: scores.ScoreJob) -> bool:
-    """Make the queries' directions; True where an earlier run had."""
-    if layout.is_complete(job.directions):
+def make_directions(job: directions.DirectionJob) -> bool:
+    """Make the queries' directions under one method; True where an earlier run had."""
+    if layout.is_complete(job.url):
         return True
-    receipts = _SESSION.get().shards(scores.make_directions, [(job, block) for block in range(job.shape[1])], "directions")
-    errors = scores.separable_errors(receipts)
-    storage.write_json(location.join(job.directions, "complete.json"), {"queries": job.queries, "separable_errors": errors})
+    title = job.parsed().title
+    _SESSION.get().shards(directions.make_directions, [(job, block) for block in range(job.blocks)], f"directions ({title})")
+    directions.finish(job)
     return False
 
 
@@ -125,14 +136,21 @@ def score(job: scores.ScoreJob) -> list[dict[str, Any]]:
 
 
 @_stage
-def finish(plan: prepare.Plan, run_url: str, manifest: dict[str, Any], started: float) -> None:
+def average(job: ensemble.MeanJob) -> None:
+    """Average the members of an ensemble."""
+    _SESSION.get().shards(ensemble.average_shard, [(job, shard) for shard in range(job.first.shape[0])], "average")
+
+
+@_stage
+def finish(done: plan.Plan, run_url: str, manifest: dict[str, Any], started: float) -> None:
     """Verify every chunk, write the report, and turn the run complete. started: when the run began, as time.perf_counter."""
     here = _SESSION.get()
     storage.sweep(run_url)
-    here.shards(scores.verify_shard, [(plan.scores, shard) for shard in range(plan.scores.shape[0])], "verify")
+    jobs = [member.scores for member in done.members]
+    here.shards(scores.verify_shard, [(job, shard) for job in jobs for shard in range(job.shape[0])], "verify")
     with here.progress.stage("report", 1) as advance:
         begun = time.perf_counter()
-        publish.write_page(plan, run_url, manifest | {"timings": here.timed(started)})
+        publish.write_page(done, run_url, manifest | {"timings": here.timed(started)})
         here.timings["report"] = dict.fromkeys(("wall", "compute"), time.perf_counter() - begun)
         publish.complete(run_url, manifest | {"timings": here.timed(started)})
         advance()

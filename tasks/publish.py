@@ -10,7 +10,9 @@ import torch
 
 import tda
 from infra import storage
-from tasks.prepare import Plan, described, stated
+from tasks.directions import curvature_of
+from tasks.factors import FactorJob
+from tasks.plan import Plan, described, stated
 from tasks.report import write_report
 from tasks.subject import open_subject
 from tda import location, results
@@ -22,19 +24,21 @@ _LIBRARIES = ("torch", "numpy", "zarr", "xarray", "dask", "prefect", "s3fs")
 
 def first_manifest(plan: Plan, run_id: str, created: str, config: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a run that starts: complete is False."""
-    seeds = {"run": plan.request.seed} | {f"fisher ({key})": job.seed for key, job in plan.fits.items() if key == "sampled"}
+    seeds = {"run": plan.request.seed} | {f"fisher ({key})": seed for key, seed in _sampled(plan).items()}
+    if len(plan.members) > 1:
+        seeds |= {f"member {m}": member.seed for m, member in enumerate(plan.members)}
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
         "complete": False,
         "created": created,
-        "problem": plan.subject.problem,
+        "problem": plan.first.subject.problem,
         "config": config,
         "versions": {"tda": tda.__version__, "python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         "fingerprints": described(plan),
         "seeds": seeds,
         "shape": {"train": plan.inputs.examples, "query": plan.inputs.queries},
-        "coverage": coverage(open_subject(plan.subject).attributed),
+        "coverage": coverage(open_subject(plan.first.subject).attributed),
         **stated(plan),
         "noise": noise(plan),
         "notes": notes(plan),
@@ -62,34 +66,44 @@ def coverage(attributed: Attributed) -> dict[str, Any]:
 
 def notes(plan: Plan) -> list[str]:
     """What a reader of the scores should know."""
-    blocks = open_subject(plan.subject).attributed.blocks
+    blocks = open_subject(plan.first.subject).attributed.blocks
     said = [f"{b.name}: diagonal curvature ({b.size} parameters without Kronecker structure)" for b in blocks if b.structure == "diagonal"]
     said += [f"{b.name}: {b.remark}" for b in blocks if b.remark]
-    said += [f"{m.title}: a cosine; it ranks examples and predicts no change" for m in plan.scores.parsed() if m.cosine]
+    said += [f"{m.title}: a cosine; it ranks examples and predicts no change" for m in plan.methods if m.cosine]
     return said
 
 
 def noise(plan: Plan) -> dict[str, str]:
     """What was sampled, and how; empty where nothing was."""
-    fit = plan.fits.get("sampled")
-    if fit is None:
-        return {}
-    return {"the Fisher's labels": f'one draw per example, seed {fit.seed}; the scores hold its noise, fisher = "exact" has none'}
+    found = {}
+    if sampled := sorted(set(_sampled(plan).values())):
+        drawn = f"one draw per example, seed {', '.join(map(str, sampled))}"
+        found["the Fisher's labels"] = f'{drawn}; the scores hold its noise, fisher = "exact" has none'
+    for method in plan.methods:
+        if method.stochastic:
+            found[method.title] = "mini-batches of the training examples, keyed by the run's seed; the residuals of its solve are stored"
+    if len(plan.members) > 1:
+        found["the training's seed"] = f"scores are means over {len(plan.members)} models, with standard errors in run.stderr"
+    return found
 
 
-def separable_errors(plan: Plan, found: dict[str, float]) -> dict[str, float]:
-    """The relative error reached, for the methods that allow a separable form."""
-    return {method.title: found[method.title] for method in plan.scores.parsed() if getattr(method, "separable", 0.0) > 0}
+def _sampled(plan: Plan) -> dict[str, int]:
+    """The seeds of the fits whose labels are drawn."""
+    each = plan.first.fits.items()
+    return {key: job.seed for key, job in each if isinstance(job, FactorJob) and job.fisher == "sampled"}
 
 
 def used_damping(plan: Plan) -> dict[str, dict[str, float]]:
-    """lambda by method and layer, for the methods that have one."""
-    blocks = open_subject(plan.subject).attributed.blocks
-    found = {}
-    for method, factors in zip(plan.scores.parsed(), plan.scores.factors(), strict=True):
-        if method.curvature:
-            used = [method.damping_of(factor) or 0.0 for factor in factors]
+    """lambda by method and layer (one under "all layers" where it is the same by its nature), for the methods that have one."""
+    blocks = open_subject(plan.first.subject).attributed.blocks
+    found: dict[str, dict[str, float]] = {}
+    for scored in plan.first.scores.methods:
+        method = scored.directions.parsed()
+        used = method.damping_of(curvature_of(scored.directions))
+        if isinstance(used, list):
             found[method.title] = {block.name: value for block, value in zip(blocks, used, strict=True)}
+        elif used is not None:
+            found[method.title] = {"all layers": used}
     return found
 
 
@@ -97,14 +111,14 @@ def layer_share(plan: Plan, receipts: list[dict[str, Any]]) -> dict[str, dict[st
     """Each layer's share of the sum of absolute scores, by method."""
     mass = torch.tensor([receipt["mass"] for receipt in receipts], dtype=torch.float64).sum(0)
     share = mass / mass.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    names = [block.name for block in open_subject(plan.subject).attributed.blocks]
-    return {method.title: dict(zip(names, row, strict=True)) for method, row in zip(plan.scores.parsed(), share.tolist(), strict=True)}
+    names = [block.name for block in open_subject(plan.first.subject).attributed.blocks]
+    return {method.title: dict(zip(names, row, strict=True)) for method, row in zip(plan.methods, share.tolist(), strict=True)}
 
 
 def write_page(plan: Plan, run_url: str, manifest: dict[str, Any]) -> None:
     """Write the report of a run whose arrays are all there."""
     run = results.Run(run_url, {**manifest, "complete": True})
-    storage.write_bytes(location.join(run_url, "report.html"), write_report(run, open_subject(plan.subject).attributed.problem))
+    storage.write_bytes(location.join(run_url, "report.html"), write_report(run, open_subject(plan.first.subject).attributed.problem))
 
 
 def complete(run_url: str, manifest: dict[str, Any]) -> None:

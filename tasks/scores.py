@@ -1,10 +1,8 @@
-"""Directions of the queries, and score shards: train chunk x query block, written as whole Zarr chunks."""
+"""Score shards: train chunk x query block, written as whole Zarr chunks."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,37 +13,41 @@ from torch import Tensor
 
 from infra import storage
 from tasks import layout
-from tasks.factors import fitted
-from tasks.subject import Opened, Subject, open_subject
-from tasks.tensors import read_tensors, write_tensors
+from tasks.directions import DirectionJob, curvature_of, read_directions
+from tasks.subject import Subject, open_subject
 from tda import location, schema
-from tda.curvature.eigen import Factor
-from tda.directions import Dense, Direction, Factored, query_gradients, squared_norms, take
 from tda.errors import InputError, cause
-from tda.methods import EKFAC, Method, parse
-from tda.products import Products, fast_float32
-from tda.scoring import Scorer, score, score_error
+from tda.methods import Method
+from tda.products import Products
+from tda.scoring import Scorer, ShardScores, score
 
 #: A stored chunk holds so many queries, or more where it would be below CHUNK_NUMBERS: a query's row is then read without many others.
 CHUNK_QUERIES, CHUNK_NUMBERS = 16, 1 << 14
-#: Queries and training examples on which a separable form is compared with the exact one.
-CHECKED = 64
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One method of a run: its directions, and for each of their passes the subjects whose training gradients they meet.
+
+    Where a pass meets several checkpoints, the gradients are their mean.
+    """
+
+    directions: DirectionJob
+    meets: tuple[tuple[Subject, ...], ...]
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """The scores of one run. methods: (JSON of the options, URL of its fit or "") per method; directions and results: URLs."""
+    """The scores of one trained model. subject: at the final checkpoint; results and receipts: URLs."""
 
     subject: Subject
-    methods: tuple[tuple[str, str], ...]
-    directions: str
+    methods: tuple[Scored, ...]
     results: str
     receipts: str
     examples: int
     queries: int
     shard_size: int
     query_block: int
-    batch_size: int
     scoring_batch: int
     products: Products
     self_influence: bool
@@ -73,97 +75,55 @@ class ScoreJob:
 
     def parsed(self) -> list[Method]:
         """The methods."""
-        return [parse(json.loads(options)) for options, _ in self.methods]
+        return [scored.directions.parsed() for scored in self.methods]
 
-    def factors(self) -> list[Sequence[Factor | None]]:
-        """The factors of each method, one per block (None where it has no curvature)."""
-        blocks = open_subject(self.subject).attributed.blocks
-        return [fitted(url, self.subject) if url else [None] * len(blocks) for _, url in self.methods]
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """Every subject whose training gradients are needed, the final checkpoint first."""
+        return tuple(dict.fromkeys((self.subject, *(s for scored in self.methods for met in scored.meets for s in met))))
 
-
-def _directions_url(job: ScoreJob, block: int) -> str:
-    return location.join(job.directions, f"queries-{block:06d}.safetensors")
-
-
-def make_directions(task: tuple[ScoreJob, int]) -> dict[str, Any]:
-    """Compute the directions of one query block under every method, and write them as one object."""
-    job, block = task
-    started = time.perf_counter()
-    url, errors = _directions_url(job, block), dict[str, float]()
-    errors_url = url.removesuffix(".safetensors") + ".json"
-    if not location.exists(url):
-        opened = open_subject(job.subject)
-        attributed, ids = opened.attributed, job.query_ids(block)
-        gradients, values = query_gradients(attributed, opened.query, ids, batch_size=job.batch_size)
-        norms = torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
-        tensors = {"measurement": values, "norms": norms}
-        for m, (method, factors) in enumerate(zip(job.parsed(), job.factors(), strict=True)):
-            directions, errors[method.title] = _checked_directions(job, opened, method, factors, gradients)
-            for b, direction in enumerate(directions):
-                tensors |= {f"{m}/{b}/{side}": t for side, t in _sides(direction, job.products).items()}
-        # The tensors are written last: they are what says that the block is done.
-        storage.write_json(errors_url, errors)
-        write_tensors(url, tensors)
-    else:
-        errors = location.read_json(errors_url)
-    return {"seconds": time.perf_counter() - started, "errors": errors}
+    @property
+    def owned(self) -> tuple[bool, ...]:
+        """Which methods give self-influence."""
+        return tuple(type(method).own is not Method.own for method in self.parsed())
 
 
-def _checked_directions(
-    job: ScoreJob, opened: Opened, method: Method, factors: Sequence[Factor | None], gradients: Sequence[Direction]
-) -> tuple[list[Direction], float]:
-    """The directions of a method, and the relative score error of its separable form, measured on CHECKED training examples.
+@dataclass(frozen=True)
+class Part:
+    """What one method scores at one subject: its place among the methods, what its inner products are weighed with, the scorer."""
 
-    Where the error is above what the method allows, the exact directions are taken: then it is 0.
-    """
-    blocks = opened.attributed.blocks
-
-    def made(of: Method, queries: Sequence[Direction]) -> list[Direction]:
-        with fast_float32():
-            return [of.direction(b, f, g, job.products) for b, f, g in zip(blocks, factors, queries, strict=True)]
-
-    directions = made(method, gradients)
-    if not isinstance(method, EKFAC) or method.separable == 0:
-        return directions, 0.0
-    some = [take(gradient, slice(CHECKED)) for gradient in gradients]
-    ids = range(0, job.examples, max(1, job.examples // CHECKED))
-    short = [take(direction, slice(CHECKED)) for direction in directions]
-    error = score_error(opened.attributed, opened.train, ids, short, made(method.exact(), some), batch_size=job.batch_size)
-    return (directions, error) if error <= method.separable else (made(method.exact(), gradients), 0.0)
-
-
-def separable_errors(receipts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The largest error of each method over the query blocks."""
-    titles = {title for receipt in receipts for title in receipt["errors"]}
-    return {title: max(receipt["errors"].get(title, 0.0) for receipt in receipts) for title in sorted(titles)}
-
-
-def _sides(direction: Direction, products: Products) -> dict[str, Tensor]:
-    found = {"matrix": direction.matrix} if isinstance(direction, Dense) else {"left": direction.left, "right": direction.right}
-    return {side: tensor.bfloat16() for side, tensor in found.items()} if products == "bfloat16" else found
+    method: int
+    weight: float
+    scorer: Scorer
 
 
 @lru_cache(maxsize=1)
-def _scorers(job: ScoreJob, block: int) -> tuple[tuple[Scorer, ...], Tensor]:
-    tensors = read_tensors(_directions_url(job, block))
-    count = len(open_subject(job.subject).attributed.blocks)
+def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor]:
+    """What is scored at each subject for one query block, and the queries' measurements."""
+    parts: dict[Subject, list[Part]] = {subject: [] for subject in job.subjects}
+    measurement = torch.empty(0)
+    for m, (scored, method) in enumerate(zip(job.methods, job.parsed(), strict=True)):
+        read = read_directions(scored.directions, block)
+        measurement = read.measurement
+        for directions, met in zip(read.passes, scored.meets, strict=True):
+            for subject in met:
+                own = method.own(curvature_of(scored.directions)) if job.self_influence and method.meets == "final" else None
+                parts[subject].append(Part(m, 1 / len(met), Scorer(method.title, directions, read.norms, own, method.cosine)))
+    return parts, measurement
 
-    def direction(m: int, b: int) -> Direction:
-        key = f"{m}/{b}/"
-        return Dense(tensors[key + "matrix"]) if key + "matrix" in tensors else Factored(tensors[key + "left"], tensors[key + "right"])
 
-    methods = enumerate(zip(job.parsed(), job.factors(), strict=True))
-    scorers = tuple(Scorer(method, [direction(m, b) for b in range(count)], factors, tensors["norms"]) for m, (method, factors) in methods)
-    return scorers, tensors["measurement"]
+def create_results(job: ScoreJob, labels: dict[str, np.ndarray | None], attrs: dict[str, Any], url: str = "") -> None:
+    """Create the run's arrays, and write the coordinates; called once, before any shard writes.
 
-
-def create_results(job: ScoreJob, labels: dict[str, np.ndarray | None], attrs: dict[str, Any]) -> None:
-    """Create the run's arrays, and write the coordinates; called once, before any shard writes. labels: by split, or None."""
+    labels: by split, or None. url: where, if not the job's own results.
+    """
+    url = url or job.results
     methods = job.parsed()
     m, n, q = len(methods), job.examples, job.queries
-    if location.exists(location.join(job.receipts, "created.json")):
+    created = location.join(job.receipts, "created.json") if url == job.results else location.join(job.receipts, "created-mean.json")
+    if location.exists(created):
         return
-    group = location.open_group(job.results, "a")
+    group = location.open_group(url, "a")
     group.attrs.update({"schema_version": schema.SCHEMA_VERSION, **attrs})
     layout.ensure_array(group, "influence", (m, q, n), (1, job.query_chunk, job.shard_size))
     layout.ensure_array(group, "train_loss", (n,), (job.shard_size,))
@@ -175,8 +135,8 @@ def create_results(job: ScoreJob, labels: dict[str, np.ndarray | None], attrs: d
     for name, coordinate in coordinates.items():
         array = layout.ensure_array(group, name, coordinate.shape)
         array[...] = coordinate
-    location.seal(job.results)
-    storage.write_json(location.join(job.receipts, "created.json"), {})
+    location.seal(url)
+    storage.write_json(created, {})
 
 
 def _receipt(job: ScoreJob, shard: int, block: int) -> str:
@@ -190,18 +150,7 @@ def score_shard(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
     if location.exists(receipt):
         return {**location.read_json(receipt), "seconds": 0.0}
     started = time.perf_counter()
-    opened = open_subject(job.subject)
-    scorers, measurement = _scorers(job, block)
-    found = score(
-        opened.attributed,
-        scorers,
-        opened.train,
-        job.train_ids(shard),
-        examples=job.examples,
-        batch_size=job.scoring_batch,
-        products=job.products,
-        self_influence=job.self_influence and block == 0,
-    )
+    found, measurement = _scored(job, shard, block)
     group: Any = location.open_group(job.results, "r+")
     train, query = (slice(ids.start, ids.stop) for ids in (job.train_ids(shard), job.query_ids(block)))
     group["influence"][:, query, train] = found.influence.float().numpy()
@@ -216,6 +165,36 @@ def score_shard(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
     return told
 
 
+def _scored(job: ScoreJob, shard: int, block: int) -> tuple[ShardScores, Tensor]:
+    """The scores of one train chunk against one query block, summed over the subjects, and the queries' measurements."""
+    parts, measurement = _parts(job, block)
+    methods, ids = len(job.methods), job.train_ids(shard)
+    influence = torch.zeros(methods, len(measurement), len(ids), dtype=measurement.dtype)
+    own = torch.full((methods, len(ids)), torch.nan, dtype=measurement.dtype)
+    mass, losses = torch.zeros(0), torch.zeros(0)
+    for subject, here in parts.items():
+        opened = open_subject(subject)
+        final = subject == job.subject
+        found = score(
+            opened.attributed,
+            [part.scorer for part in here],
+            opened.train,
+            ids,
+            examples=job.examples,
+            batch_size=job.scoring_batch,
+            products=job.products,
+            self_influence=job.self_influence and block == 0 and final,
+        )
+        losses = found.loss if final else losses
+        mass = mass if len(mass) else torch.zeros(methods, found.mass.shape[1], dtype=torch.float64)
+        for k, part in enumerate(here):
+            influence[part.method].add_(found.influence[k], alpha=part.weight)
+            mass[part.method] += part.weight * found.mass[k]
+            if found.self_influence is not None:
+                own[part.method] = found.self_influence[k]
+    return ShardScores(influence, own if job.self_influence and block == 0 else None, losses, mass), measurement
+
+
 def verify_shard(task: tuple[ScoreJob, int]) -> dict[str, Any]:
     """Read one train chunk of every array back.
 
@@ -226,8 +205,11 @@ def verify_shard(task: tuple[ScoreJob, int]) -> dict[str, Any]:
     started = time.perf_counter()
     group: Any = location.open_group(job.results, "r")
     train = slice(job.train_ids(shard).start, job.train_ids(shard).stop)
-    names = ["influence", "train_loss", *(["self_influence"] if job.self_influence else [])]
-    wanted = dict.fromkeys(names, (..., train)) | ({"query_measurement": (...,)} if shard == 0 else {})
+    wanted: dict[str, tuple[Any, ...]] = dict.fromkeys(("influence", "train_loss"), (..., train))
+    if job.self_influence and any(job.owned):
+        wanted["self_influence"] = (np.flatnonzero(job.owned), train)
+    if shard == 0:
+        wanted["query_measurement"] = (...,)
     for name, where in wanted.items():
         wrong = _wrong(group[name], where)
         if wrong:
@@ -241,7 +223,7 @@ def verify_shard(task: tuple[ScoreJob, int]) -> dict[str, Any]:
 def _wrong(array: Any, where: tuple[Any, ...]) -> str:
     """What is wrong with a part of an array; empty where nothing is."""
     try:
-        return "" if np.isfinite(array[where]).all() else "a value is missing or not finite"
+        return "" if np.isfinite(array.oindex[where]).all() else "a value is missing or not finite"
     except (InputError, OSError):  # the store's trouble, not the chunk's
         raise
     except Exception as error:  # noqa: BLE001  (a damaged chunk may raise anything that its codecs do)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -15,8 +15,10 @@ from tda.attributed import Attributed
 from tda.data import length
 from tda.errors import InputError
 from tda.modules import inspect
-from tda.problem import import_problem, load_problem, problem_digest
+from tda.problem import Problem, import_problem, load_problem, problem_digest
 
+#: Checkpoints that a worker keeps open: a method that unrolls the training scores against several in one shard.
+OPEN_AT_ONCE = 8
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -52,28 +54,56 @@ class Opened:
         return self.train if split == "train" else self.query
 
 
+@dataclass(frozen=True)
+class _Family:
+    """A problem and its datasets, and what is open of its checkpoints."""
+
+    problem: Problem
+    train: Any
+    query: Any
+    opened: dict[Subject, Opened] = field(default_factory=dict)
+
+
 @lru_cache(maxsize=1)
-def open_subject(subject: Subject) -> Opened:
-    """Load the problem, its model and its weights, and cut the model into blocks; kept for the next shard of the same worker."""
-    options = json.loads(subject.options)
-    problem = load_problem(subject.problem, options)
-    if subject.source and problem_digest(subject.problem, options) != subject.source:
+def _family(spec: str, options: str, source: str, inputs: str) -> _Family:  # noqa: ARG001  (inputs keeps other data apart)
+    parsed = json.loads(options)
+    problem = load_problem(spec, parsed)
+    if source and problem_digest(spec, parsed) != source:
         raise InputError(
-            f"problem {subject.problem!r} is not the one that the run was planned with: it was edited meanwhile, "
+            f"problem {spec!r} is not the one that the run was planned with: it was edited meanwhile, "
             "or a worker has another version of it, of tda or of torch; make them the same and start the run again"
         )
-    model = problem.model()
-    if subject.checkpoint:
-        state = read_checkpoint(subject.checkpoint)
-        if subject.weights and checkpoint.digest(state) != subject.weights:
-            raise InputError(f"checkpoint {subject.checkpoint} was replaced while the run was under way; start it again")
-        checkpoint.fill(model, state, subject.checkpoint)
-    if subject.dtype != "auto":
-        model = model.to(DTYPES[subject.dtype])
     train, query = problem.train_data(), problem.query_data()
     length(train, "train")
     length(query, "query")
-    return Opened(inspect(problem, model, train, modules=subject.modules, exclude=subject.exclude), train, query)
+    return _Family(problem, train, query)
+
+
+def open_subject(subject: Subject) -> Opened:
+    """Load the problem, its model and its weights, and cut the model into blocks; kept for the next shard of the same worker.
+
+    A worker keeps the last OPEN_AT_ONCE checkpoints of one problem.
+    """
+    family = _family(subject.problem, subject.options, subject.source, subject.inputs)
+    if subject not in family.opened:
+        model = family.problem.model()
+        if subject.checkpoint:
+            state = read_checkpoint(subject.checkpoint)
+            if subject.weights and checkpoint.digest(state) != subject.weights:
+                raise InputError(f"checkpoint {subject.checkpoint} was replaced while the run was under way; start it again")
+            checkpoint.fill(model, state, subject.checkpoint)
+        if subject.dtype != "auto":
+            model = model.to(DTYPES[subject.dtype])
+        attributed = inspect(family.problem, model, family.train, modules=subject.modules, exclude=subject.exclude)
+        while len(family.opened) >= OPEN_AT_ONCE:
+            family.opened.pop(next(iter(family.opened)))
+        family.opened[subject] = Opened(attributed, family.train, family.query)
+    return family.opened[subject]
+
+
+def forget() -> None:
+    """Close what is open: the same names may mean something else by now."""
+    _family.cache_clear()
 
 
 def warm(subject: Subject) -> None:

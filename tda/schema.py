@@ -62,6 +62,9 @@ _CURVATURE = "nats per parameter^2"
 
 _RESULTS = (
     ArraySpec("influence", ("method", "query", "train"), _SINGLE, "influence of a training example on a query", UNITS, SIGN, _NAN),
+    ArraySpec(
+        "stderr", ("method", "query", "train"), _SINGLE, "standard error of the influence, over an ensemble's models", UNITS, "", _NAN
+    ),
     ArraySpec("self_influence", ("method", "train"), _SINGLE, "influence of a training example on its own loss", "nats", SIGN, _NAN),
     ArraySpec("method", ("method",), ("str",), "label of a method", fill=""),
     ArraySpec("query", ("query",), _INTEGER, "id of a query: its index in problem.query_data()", fill=-1),
@@ -151,7 +154,13 @@ _STUDIES = (
     ),
 )
 
-SPECS: Mapping[str, ArraySpec] = {spec.name: spec for spec in (*_RESULTS, *_STUDIES, *_FACTORS, *_SPECTRA)}
+# One group per method and solve.
+_SOLVES = (
+    ArraySpec("residual", ("step", "query"), _SINGLE, "||g - (C + damping) v|| / ||g|| of a solve after each step", fill=_NAN),
+    ArraySpec("evaluations", ("step",), ("float64",), "products with one example's curvature, per query, until then", fill=_NAN),
+)
+
+SPECS: Mapping[str, ArraySpec] = {spec.name: spec for spec in (*_RESULTS, *_SOLVES, *_STUDIES, *_FACTORS, *_SPECTRA)}
 
 
 def create_array(

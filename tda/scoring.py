@@ -11,32 +11,28 @@ from torch import Tensor
 
 from tda.attributed import Attributed
 from tda.blocks import Block, Pair, example_gradients
-from tda.costs import gram_form
-from tda.curvature.eigen import Factor, merged_embedding, rotate_rows, rotated_gradients
-from tda.curvature.inverse import inverse_eigenvalues
 from tda.data import batches
 from tda.directions import Dense, Direction, check_finite, inner, scaled
-from tda.methods.method import Method
-from tda.products import Products, fast_float32, matmul
-
-#: Per-example gradients of one block are made for at most this many bytes at a time.
-GRADIENT_BYTES = 32 << 20
+from tda.products import Products, fast_float32
+from tda.self_products import GRADIENT_BYTES, Kronecker, Own, Plain, WholeSpectra, block_products, gradient_squares, part_of, whole_products
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """One method, ready to score: a direction and (where it has curvature) a factor per block, and the queries' gradient norms (query,).
+    """One method, ready to score: a direction per block, and the queries' gradient norms (query,).
 
-    A cosine method's directions are divided by the norms at once, so that small gradients' products do not underflow.
+    own: what self-influence is taken from, None where the method does not give it. A cosine method's directions are divided by the
+    norms at once, so that small gradients' products do not underflow.
     """
 
-    method: Method
+    title: str
     directions: Sequence[Direction]
-    factors: Sequence[Factor | None]
     norms: Tensor
+    own: Own | None = None
+    cosine: bool = False
 
     def __post_init__(self) -> None:
-        if self.method.cosine:
+        if self.cosine:
             dtype = self.directions[0].matrix.dtype if isinstance(self.directions[0], Dense) else self.directions[0].left.dtype
             inverse = torch.where(self.norms > negligible(dtype), 1 / self.norms.double(), 0.0)
             object.__setattr__(self, "directions", [scaled(direction, inverse) for direction in self.directions])
@@ -46,7 +42,8 @@ class Scorer:
 class ShardScores:
     """Scores of one shard.
 
-    influence (method, query, train); self_influence (method, train): each example's effect on its own loss, or None; loss (train,);
+    influence (method, query, train); self_influence (method, train): each example's effect on its own loss, NaN where a method does not
+    give it, or None; loss (train,);
     mass (method, block): sum of |score| by block, from which the layers' shares are taken.
     """
 
@@ -96,6 +93,10 @@ def _score_batch(
     own = loss.new_zeros(len(scorers), len(ids))
     norms = torch.zeros(len(ids), dtype=torch.float64)
     mass = torch.zeros(len(scorers), len(attributed.blocks), dtype=torch.float64)
+    whole = selves and any(isinstance(s.own, WholeSpectra) for s in scorers)
+    kept = [loss.new_zeros(len(ids), block.size) for block in attributed.blocks] if whole else None
+    if not scorers:
+        return ShardScores(influence, own if selves else None, loss, mass)
     for b, (block, pairs) in enumerate(zip(attributed.blocks, tape.pairs(tape.seed(attributed.problem.likelihood.loss)), strict=True)):
         if not pairs:
             continue
@@ -103,13 +104,19 @@ def _score_batch(
         for m, (scorer, each) in enumerate(zip(scorers, scores, strict=True)):
             influence[m] += each
             mass[m, b] = each.abs().sum(dtype=torch.float64)
-            if selves and not scorer.method.cosine:
-                own[m] += self_products(block, scorer.factors[b], scorer.method, pairs, products)
-        if any(s.method.cosine for s in scorers):
+            if selves and isinstance(scorer.own, Plain | Kronecker) and not scorer.cosine:
+                own[m] += block_products(scorer.own, b, block, pairs, products)
+        if any(s.cosine for s in scorers):
             norms += gradient_squares(block, pairs)
+        if kept is not None:
+            kept[b] = example_gradients(block, pairs).flatten(1)
     for m, scorer in enumerate(scorers):
+        if kept is not None and isinstance(scorer.own, WholeSpectra):
+            own[m] = whole_products(scorer.own, kept)
         _to_unit(scorer, influence[m], own[m], norms, examples)
-        check_finite(influence[m].abs().sum(0) + own[m], ids, f"{scorer.method.title} score (the gradient) of train example")
+        check_finite(influence[m].abs().sum(0) + own[m], ids, f"{scorer.title} score (the gradient) of train example")
+        if scorer.own is None:
+            own[m] = torch.nan
     return ShardScores(influence, own if selves else None, loss, mass)
 
 
@@ -120,7 +127,7 @@ def negligible(dtype: torch.dtype) -> float:
 
 def _to_unit(scorer: Scorer, influence: Tensor, own: Tensor, norms: Tensor, examples: int) -> None:
     """In place: the common sign and unit, or the cosine."""
-    if scorer.method.cosine:
+    if scorer.cosine:
         lengths = norms.sqrt()
         influence.copy_(torch.where(lengths > negligible(influence.dtype), influence.double() / lengths, 0.0))
         own.fill_(-1.0)
@@ -136,7 +143,7 @@ def _block_scores(block: Block, directions: Sequence[Direction], pairs: Sequence
     step = max(1, GRADIENT_BYTES // (4 * block.size)) if needed else size
     pieces: list[list[Tensor]] = [[] for _ in directions]
     for start in range(0, size, step):
-        part = pairs if step >= size else [_slice(pair, start, start + step) for pair in pairs]
+        part = pairs if step >= size else [part_of(pair, start, start + step) for pair in pairs]
         gradients = _gradients(block, part, products) if needed else None
         for into, direction in zip(pieces, directions, strict=True):
             into.append(inner(direction, block, part, gradients, products))
@@ -148,11 +155,6 @@ def _gradients(block: Block, pairs: Sequence[Pair], products: Products) -> Tenso
         return example_gradients(block, pairs)
     parts = [(pair.left.bfloat16().transpose(2, 3) @ pair.right.bfloat16()).transpose(0, 1) for pair in pairs]
     return sum(parts[1:], start=parts[0])
-
-
-def _slice(pair: Pair, start: int, stop: int) -> Pair:
-    right = pair.right[start:stop] if pair.one_hot else pair.right[:, start:stop]
-    return Pair(pair.left[:, start:stop], right, pair.gradient, None if pair.mask is None else pair.mask[start:stop])
 
 
 def score_error(
@@ -172,32 +174,3 @@ def score_error(
                     off, right = off + (mine - true), right + true
             wrong, whole = wrong + float(off.square().sum()), whole + float(right.square().sum())
     return (wrong / whole) ** 0.5 if whole else 0.0
-
-
-def gradient_squares(block: Block, pairs: Sequence[Pair]) -> Tensor:
-    """||D_b||^2 of a batch, (batch,), in float64; in Gram form where that is cheaper (see `tda.costs`)."""
-    positions = sum(pair.positions for pair in pairs)
-    if block.form == "embedding":
-        plain = Factor(None, None, torch.empty(0), torch.empty(0))
-        return torch.stack([rows.double().square().sum() for rows, _ in merged_embedding(plain, pairs)])
-    if not gram_form(positions, positions, block.out, block.in_):
-        step = max(1, GRADIENT_BYTES // (8 * block.size))
-        starts = range(0, pairs[0].left.shape[1], step)
-        parts = [example_gradients(block, [_slice(pair, k, k + step) for pair in pairs]) for k in starts]
-        return torch.cat([part.flatten(1).double().square().sum(1) for part in parts])
-    left, right = (torch.cat([getattr(pair, side) for pair in pairs], 2).double() for side in ("left", "right"))
-    return ((left @ left.transpose(2, 3)) * (right @ right.transpose(2, 3))).sum((0, 2, 3))
-
-
-def self_products(block: Block, factor: Factor | None, method: Method, pairs: Sequence[Pair], products: Products = "full") -> Tensor:
-    """g_b^T P^-1 g_b of one block for a batch, (batch,), with P the method's damped curvature."""
-    if factor is None or method.curvature is None:
-        return gradient_squares(block, pairs)
-    inverse = inverse_eigenvalues(factor, method.curvature, getattr(method, "damping", 0.0))
-    if len(pairs) == 1 and pairs[0].positions == 1 and not pairs[0].one_hot:
-        left, right = (side[:, :, 0].square() for side in rotate_rows(factor, pairs[0], products))
-        return (matmul(left, inverse, products) * right).sum((0, 2))
-    if block.form == "embedding":
-        merged = merged_embedding(factor, pairs, products)
-        return torch.stack([(rows.square() * inverse[0][:, ids].T).sum() for rows, ids in merged])
-    return torch.cat([(g.square() * inverse).flatten(1).sum(1) for g in rotated_gradients(block, factor, pairs, products)])

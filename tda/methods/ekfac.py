@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -9,9 +10,13 @@ from pydantic import Field
 from tda.blocks import Block
 from tda.curvature.eigen import Factor
 from tda.curvature.separable import separable_direction
-from tda.directions import Direction
+from tda.directions import Direction, take
 from tda.methods.kfac import KFAC
+from tda.methods.work import Made, Work
 from tda.products import Products
+
+#: Queries and training examples on which a separable form is compared with the exact one.
+CHECKED = 64
 
 
 class EKFAC(KFAC):
@@ -23,14 +28,27 @@ class EKFAC(KFAC):
 
     name: Literal["ekfac"] = "ekfac"  # type: ignore[assignment]
     separable: float = Field(default=0.0, ge=0.0, le=0.1)
-    curvature: ClassVar[Literal["kfac", "ekfac"] | None] = "ekfac"
+    spectrum: ClassVar[Literal["kfac", "ekfac"]] = "ekfac"
 
-    def direction(self, block: Block, factor: Factor | None, gradient: Direction, products: Products) -> Direction:
-        """V_q = -(F_ekfac + lambda I)^-1 g_q, factored where `separable` allows it and it is cheaper."""
-        assert factor is not None
+    def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
+        """V_q = -(F_ekfac + lambda I)^-1 g_q; factored where `separable` allows it, it is cheaper, and what is measured says so too.
+
+        told: the relative error of the scores of CHECKED queries and training examples; above what is allowed the exact form is taken.
+        """
+        if self.separable == 0:
+            return super().directions(work, gradients)
+        from tda.scoring import score_error  # it imports this package
+
+        exact, made = self.model_copy(update={"separable": 0.0}), super().directions(work, gradients).passes[0]
+        some = [take(gradient, slice(CHECKED)) for gradient in gradients]
+        ids = range(0, len(work.train), max(1, len(work.train) // CHECKED))
+        short, long = [take(direction, slice(CHECKED)) for direction in made], exact.directions(work, some).passes[0]
+        error = score_error(work.attributed, work.train, ids, short, long, batch_size=work.batch_size)
+        if error <= self.separable:
+            return Made([made], {"separable_error": error})
+        return Made(exact.directions(work, gradients).passes, {"separable_error": 0.0})
+
+    def direction(self, block: Block, factor: Factor, gradient: Direction, products: Products) -> Direction:
+        """V_q of one block, factored where `separable` allows it and it is cheaper."""
         short = separable_direction(block, factor, gradient, self.damping, self.separable) if self.separable > 0 else None
         return short if short is not None else super().direction(block, factor, gradient, products)
-
-    def exact(self) -> EKFAC:
-        """The same method without the separable form."""
-        return self.model_copy(update={"separable": 0.0})

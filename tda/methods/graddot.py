@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from tda.blocks import Block
-from tda.curvature.eigen import Factor
 from tda.directions import Direction, scaled, scorable
 from tda.methods.method import Method
-from tda.products import Products
+from tda.methods.work import Made, Work
+from tda.self_products import Own, Plain
 
 
 class GradDot(Method):
@@ -16,6 +16,10 @@ class GradDot(Method):
 
     name: Literal["graddot"] = "graddot"
 
-    def direction(self, block: Block, factor: Factor | None, gradient: Direction, products: Products) -> Direction:
+    def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_q = -g_q."""
-        return scorable(scaled(gradient, -1.0), block)
+        return Made([[scorable(scaled(g, -1.0), block) for block, g in zip(work.attributed.blocks, gradients, strict=True)]])
+
+    def own(self, curvature: Sequence[Any]) -> Own:
+        """g^T g."""
+        return Plain()

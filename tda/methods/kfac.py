@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import field_validator
 
 from tda.blocks import Block
 from tda.curvature.eigen import Factor
 from tda.curvature.fisher import Fisher
-from tda.curvature.inverse import Damping, damping_value, inverse_eigenvalues
+from tda.curvature.inverse import damping_value, inverse_eigenvalues
 from tda.directions import Dense, Direction, take
 from tda.methods.method import Method
+from tda.methods.options import SaneDamping
 from tda.methods.precondition import precondition
-from tda.products import Products
+from tda.methods.work import Fit, Made, Work
+from tda.products import Products, fast_float32
+from tda.self_products import Kronecker, Own
 
 #: Entries of query gradients preconditioned at a time: bounds the temporary matrices.
 CHUNK = 1 << 22
@@ -30,27 +32,25 @@ class KFAC(Method):
 
     name: Literal["kfac"] = "kfac"
     fisher: Fisher = "sampled"
-    damping: Damping = "heuristic"
-    curvature: ClassVar[Literal["kfac", "ekfac"] | None] = "kfac"
-
-    @field_validator("damping", mode="before")
-    @classmethod
-    def _damping_is_sane(cls, value: object) -> object:
-        if value == "heuristic":
-            return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ValueError(f'damping must be a finite number >= 0 or "heuristic", got {value!r}')
-        return float(value)
+    damping: SaneDamping = "heuristic"
+    #: Which eigenvalues it takes.
+    spectrum: ClassVar[Literal["kfac", "ekfac"]] = "kfac"
 
     @property
-    def _kind(self) -> Literal["kfac", "ekfac"]:
-        assert self.curvature is not None
-        return self.curvature
+    def fits(self) -> tuple[Fit, ...]:
+        """Its Fisher's factors."""
+        return (Fit("kronecker", self.fisher),)
 
-    def direction(self, block: Block, factor: Factor | None, gradient: Direction, products: Products) -> Direction:
-        """V_q = -(F + lambda I)^-1 g_q in the Kronecker eigenbasis."""
-        assert factor is not None
-        inverse = -inverse_eigenvalues(factor, self._kind, self.damping)
+    def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
+        """V_q = -(F + lambda I)^-1 g_q in the Kronecker eigenbasis, block by block."""
+        (factors,) = work.curvature
+        each = zip(work.attributed.blocks, factors, gradients, strict=True)
+        with fast_float32():
+            return Made([[self.direction(block, factor, g, work.products) for block, factor, g in each]])
+
+    def direction(self, block: Block, factor: Factor, gradient: Direction, products: Products) -> Direction:
+        """V_q of one block."""
+        inverse = -inverse_eigenvalues(factor, self.spectrum, self.damping)
         count = len(gradient.matrix if isinstance(gradient, Dense) else gradient.left)
         dtype = torch.bfloat16 if products == "bfloat16" else inverse.dtype
         matrix = torch.empty(count, *inverse.shape, dtype=dtype)
@@ -60,7 +60,10 @@ class KFAC(Method):
             matrix[some] = precondition(factor, take(gradient, some), inverse, products)
         return Dense(matrix)
 
-    def damping_of(self, factor: Factor | None) -> float | None:
-        """lambda of the block."""
-        assert factor is not None
-        return damping_value(factor, self._kind, self.damping)
+    def damping_of(self, curvature: Sequence[Any]) -> list[float]:
+        """lambda of every block."""
+        return [damping_value(factor, self.spectrum, self.damping) for factor in curvature[0]]
+
+    def own(self, curvature: Sequence[Any]) -> Own:
+        """g^T (F + lambda I)^-1 g."""
+        return Kronecker(curvature[0], [inverse_eigenvalues(factor, self.spectrum, self.damping) for factor in curvature[0]])

@@ -1,16 +1,16 @@
-"""What a gradient method is: its options, the curvature that it needs, and the direction that it makes of a query gradient."""
+"""What a gradient method is: its options, the fits that it needs, and the directions that it makes of query gradients."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tda.blocks import Block
-from tda.curvature.eigen import Factor
-from tda.curvature.fisher import Fisher
+from tda.attributed import Attributed
 from tda.directions import Direction
-from tda.products import Products
+from tda.methods.work import Fit, Made, Work
+from tda.self_products import Own
 
 #: The unit of every score that is an influence.
 INFLUENCE_UNIT = "units of the measurement (nats for a log-likelihood loss)"
@@ -24,8 +24,10 @@ class Method(BaseModel):
     name: str
     label: str | None = Field(default=None, min_length=1, max_length=64, pattern=r"^[\w.+-]+$")
 
-    #: Which eigenvalues it needs, if any.
-    curvature: ClassVar[Literal["kfac", "ekfac"] | None] = None
+    #: Whose training gradients the directions meet: the final checkpoint's, those of each segment's checkpoints, or at its mean weights.
+    meets: ClassVar[Literal["final", "checkpoints", "averages"]] = "final"
+    #: Whether its directions depend on the run's seed.
+    stochastic: ClassVar[bool] = False
     #: Whether scores are divided by the norms of both gradients.
     cosine: ClassVar[bool] = False
     unit: ClassVar[str] = INFLUENCE_UNIT
@@ -36,14 +38,21 @@ class Method(BaseModel):
         return self.label or self.name
 
     @property
-    def fisher_kind(self) -> Fisher | None:
-        """The Fisher that its factors are of; None where it needs no factors."""
-        return getattr(self, "fisher", None)
+    def fits(self) -> tuple[Fit, ...]:
+        """The fits of curvature that it needs, in the order in which `Work.curvature` holds them."""
+        return ()
 
-    def direction(self, block: Block, factor: Factor | None, gradient: Direction, products: Products) -> Direction:
-        """V_q = -P^-1 g_q of one block, without the factor 1/N, for a batch of query gradients."""
+    def check(self, attributed: Attributed) -> None:
+        """Raise InputError, in one line, where this model is nothing for the method: too large, say. Called before anything is done."""
+
+    def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
+        """V_q = -C^-1 g_q, without the factor 1/N, for a batch of query gradients given block by block."""
         raise TypeError(f"{type(self).__name__} makes no directions")
 
-    def damping_of(self, factor: Factor | None) -> float | None:
-        """The damping used for a block, in units of its eigenvalues; None where there is none."""
+    def damping_of(self, curvature: Sequence[Any]) -> list[float] | float | None:
+        """The damping used, by block or one for all, in units of the eigenvalues; None where there is none. curvature: of its fits."""
+        return None
+
+    def own(self, curvature: Sequence[Any]) -> Own | None:
+        """What training examples' influences on their own losses are taken from; None where that would cost a solve for each."""
         return None

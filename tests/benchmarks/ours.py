@@ -96,7 +96,7 @@ def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, fl
         with fast_float32():
             for block, factor in zip(attributed.blocks, factors, strict=True):
                 directions.append(method.direction(block, factor, gradients.pop(0), products))
-        scorer = Scorer(method, directions, factors, torch.ones_like(values))
+        scorer = Scorer(method.title, directions, torch.ones_like(values))
         ids = range(len(train))
         how: dict[str, Any] = {"batch_size": scoring, "products": products, "self_influence": False}
         found = score(attributed, [scorer], train, ids, examples=len(train), **how)

@@ -11,6 +11,7 @@ import tda
 from flows.attribute import attribute_run, request_of
 from flows.config import load_config
 from infra.cluster import ClusterSpec
+from tasks import plan as plans
 from tasks import prepare
 from tasks.subject import open_subject
 from tda import checkpoint, location, schema
@@ -40,15 +41,16 @@ def run(config: Path, store: str, cluster: str) -> Run:
 def expected(config: Path, run: Run) -> pipeline.Outcome:
     """The same numbers in memory, at the checkpoint that the run trained: neither tasks nor storage take part."""
     plan = planned(config, run.store)
-    opened = open_subject(plan.subject)
+    opened = open_subject(plan.first.subject)
     tables = [dict(table) for table in load_config(config).methods]
     cuts = range(2, 23, 2)
-    return pipeline.attribute(opened.attributed.problem, tables, batch_size=plan.scores.batch_size, cuts=cuts, attributed=opened.attributed)
+    size = plan.first.scores.methods[0].directions.batch_size
+    return pipeline.attribute(opened.attributed.problem, tables, batch_size=size, cuts=cuts, attributed=opened.attributed)
 
 
-def planned(config: Path, store: str, *overrides: str) -> prepare.Plan:
+def planned(config: Path, store: str, *overrides: str) -> plans.Plan:
     request = request_of(load_config(config, overrides, store))
-    return prepare.plan(request, prepare.examine(request))
+    return plans.plan(request, prepare.examine(request))
 
 
 def relative(found, wanted) -> float:
@@ -98,7 +100,7 @@ def test_a_run_equals_the_same_numbers_computed_in_memory(run: Run, expected: pi
 
 
 def test_losses_measurements_and_labels_stand_beside_the_scores(run: Run, config: Path) -> None:
-    opened = open_subject(planned(config, run.store).subject)
+    opened = open_subject(planned(config, run.store).first.subject)
     for data, stored, labels in ((opened.train, run.train_loss, "train_label"), (opened.query, run.query_measurement, "query_label")):
         x, y = torch.stack([data[i][0] for i in range(len(data))]), torch.stack([data[i][1] for i in range(len(data))])
         losses = torch.nn.functional.cross_entropy(opened.attributed.model(x), y, reduction="none")
@@ -123,7 +125,7 @@ def test_a_run_states_what_it_covers_did_and_means(run: Run) -> None:
     assert all(value > 0 for value in told["damping"]["kfac"].values()), "the heuristic's value is told, not its name"
     assert told["seeds"] == {"run": 0, "fisher (sampled)": 0}
     assert {"tda", "python", "torch", "numpy", "zarr", "dask", "prefect"} <= set(told["versions"])
-    assert {"checkpoint", "train_data", "query_data", "problem", "factors", "directions", "run"} == set(told["fingerprints"])
+    assert {"checkpoint", "train_data", "query_data", "problem", "factors", "spectra", "directions", "run"} == set(told["fingerprints"])
     assert told["config"]["shard_size"] == 2
     assert told["reused"] == {"checkpoint": False, "factors (sampled)": False, "factors (exact)": False, "directions": False}
     for stage in ("train", "covariances (exact)", "eigendecompositions (exact)", "eigenvalues (sampled)", "directions", "scores", "total"):
@@ -208,7 +210,7 @@ def test_another_seed_redraws_sampled_labels_and_leaves_the_exact_fisher(config:
 
 
 def test_another_checkpoint_refits_even_at_the_same_place(config: Path, store: str, run: Run, cluster: str, tmp_path: Path) -> None:
-    file, problem = tmp_path / "weights.safetensors", open_subject(planned(config, store).subject).attributed
+    file, problem = tmp_path / "weights.safetensors", open_subject(planned(config, store).first.subject).attributed
     file.write_bytes(checkpoint.dump(problem.model))
     assert attribute(config, store, cluster, f"checkpoint={file}")[1].manifest["reused"]["factors (exact)"] is True
     with torch.no_grad():

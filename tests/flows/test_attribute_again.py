@@ -10,6 +10,7 @@ import pytest
 from flows import attribute as flow
 from flows.attribute import RunFailed, request_of
 from flows.config import load_config
+from tasks import plan as plans
 from tasks import prepare
 from tests.flows.runs import attribute, digests, manifests, write_config
 
@@ -41,7 +42,7 @@ def test_of_starts_at_the_same_time_each_has_its_own_id(
 ) -> None:
     attribute(config, f"{tmp_path}/store", cluster)  # trains
     request = request_of(load_config(config, (), f"{tmp_path}/store"))
-    plan = prepare.plan(request, prepare.examine(request))
+    plan = plans.plan(request, prepare.examine(request))
     monkeypatch.setattr(flow.location, "list_names", lambda _: [])  # as both see it before either has written
     with ThreadPoolExecutor(4) as pool:
         ids = [found[0] for found in pool.map(lambda _: flow._claim(plan, {}), range(8))]

@@ -6,16 +6,18 @@ from pathlib import Path
 from flows.attribute import request_of
 from flows.config import load_config
 from tasks import factors, layout, prepare, training
+from tasks import plan as plans
 from tests.flows.runs import CONFIG, write_config
 
 
-def planned(folder: Path, store: str, *overrides: str, text: str = CONFIG) -> prepare.Plan:
+def planned(folder: Path, store: str, *overrides: str, text: str = CONFIG) -> plans.Plan:
     """A trained checkpoint in the store, and the plan of the run."""
     request = request_of(load_config(write_config(folder, text), overrides, store))
     inputs = prepare.examine(request)
     if not request.subject.checkpoint:
-        training.train((request.subject, request.seed, prepare.checkpoint_artifact(request, inputs)))
-    return prepare.plan(request, inputs)
+        for seed in plans.seeds(request):
+            training.train((request.subject, seed, plans.training_artifact(request, inputs, seed)))
+    return plans.plan(request, inputs)
 
 
 def fit(job: factors.FactorJob, order: int = 1) -> None:
@@ -33,5 +35,5 @@ def fit(job: factors.FactorJob, order: int = 1) -> None:
     assert layout.is_complete(job.url)
 
 
-def options(plan: prepare.Plan) -> list[dict]:
-    return [json.loads(text) for text, _ in plan.scores.methods]
+def options(plan: plans.Plan) -> list[dict]:
+    return [json.loads(text) for text in plan.request.methods]

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from tasks.plan import Plan
 from tests.tasks.jobs import planned
+
+
+def made(plan: Plan) -> list[str]:
+    return [scored.directions.url for scored in plan.first.scores.methods]
 
 
 @pytest.mark.parametrize(
@@ -26,20 +31,30 @@ def test_what_is_shared_with_a_run_that_differs_in_one_thing(
     tmp_path: Path, override: str, factors: bool, directions: bool, run: bool
 ) -> None:
     one, other = (planned(tmp_path / "config", f"{tmp_path}/store", *overrides) for overrides in ((), (override,)))
-    assert (one.fits["exact"].url == other.fits["exact"].url) is factors
-    assert (one.scores.directions == other.scores.directions) is directions
+    assert (one.first.fits["exact"].url == other.first.fits["exact"].url) is factors
+    assert (made(one) == made(other)) is directions
     assert (one.fingerprint == other.fingerprint) is run
 
 
 def test_the_seed_enters_only_where_labels_are_drawn(tmp_path: Path) -> None:
-    url = planned(tmp_path / "config", f"{tmp_path}/store").subject.checkpoint
+    url = planned(tmp_path / "config", f"{tmp_path}/store").first.subject.checkpoint
     one, other = (planned(tmp_path / "config", f"{tmp_path}/store", f"checkpoint={url}", f"seed={seed}") for seed in (0, 1))
-    assert one.fits["exact"].url == other.fits["exact"].url
-    assert one.fits["sampled"].url != other.fits["sampled"].url
+    assert one.first.fits["exact"].url == other.first.fits["exact"].url
+    assert one.first.fits["sampled"].url != other.first.fits["sampled"].url
     assert one.fingerprint != other.fingerprint
 
 
 def test_where_a_file_lies_does_not_matter(tmp_path: Path) -> None:
     one, other = (planned(tmp_path / name, f"{tmp_path}/{name}-store") for name in ("a", "b"))
     assert one.fingerprint == other.fingerprint
-    assert one.subject != other.subject
+    assert one.first.subject != other.first.subject
+
+
+def test_a_method_that_changes_leaves_the_directions_of_the_others(tmp_path: Path) -> None:
+    one, other = (planned(tmp_path / "config", f"{tmp_path}/store", *overrides) for overrides in ((), ("methods.2.damping=0.5",)))
+    assert [a == b for a, b in zip(made(one), made(other), strict=True)] == [True, True, False]
+
+
+def test_a_label_is_no_part_of_what_determines_directions(tmp_path: Path) -> None:
+    one, other = (planned(tmp_path / "config", f"{tmp_path}/store", *overrides) for overrides in ((), ('methods.2.label="mine"',)))
+    assert made(one) == made(other)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks import prepare, scores
+from tasks import directions, scores
+from tasks import plan as plans
 from tda import location
 from tests.flows.runs import objects
 from tests.tasks.jobs import fit, planned
@@ -16,17 +17,18 @@ from tests.tasks.jobs import fit, planned
 @pytest.fixture
 def job(tmp_path: Path) -> scores.ScoreJob:
     plan = planned(tmp_path / "config", f"{tmp_path}/store")
-    for each in plan.fits.values():
+    for each in plan.first.fits.values():
         fit(each)
-    for block in range(plan.scores.shape[1]):
-        scores.make_directions((plan.scores, block))
+    for scored in plan.first.scores.methods:
+        for block in range(plan.first.scores.shape[1]):
+            directions.make_directions((scored.directions, block))
     return created(plan, "first")
 
 
-def created(plan: prepare.Plan, name: str) -> scores.ScoreJob:
+def created(plan: plans.Plan, name: str) -> scores.ScoreJob:
     url = f"{plan.request.store}/runs/{name}"
-    job = replace(plan.scores, results=f"{url}/results.zarr", receipts=f"{url}/receipts")
-    scores.create_results(job, {"train": plan.inputs.train_labels, "query": plan.inputs.query_labels}, prepare.results_attrs(plan, "RUN"))
+    job = replace(plan.first.scores, results=f"{url}/results.zarr", receipts=f"{url}/receipts")
+    scores.create_results(job, {"train": plan.inputs.train_labels, "query": plan.inputs.query_labels}, plans.results_attrs(plan, "RUN"))
     return job
 
 

@@ -1,12 +1,14 @@
 """What a worker opens is what the run was planned with, held once."""
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tasks import subject
-from tasks.subject import Subject, open_subject
+from tasks.subject import Subject, forget, open_subject
 from tda.errors import InputError
 from tda.problem import problem_digest
 from tests.flows.runs import PROBLEM, write_config
@@ -22,20 +24,25 @@ def test_a_worker_with_another_source_than_the_plans_refuses(tiny: Subject, tmp_
     planned = replace(tiny, source=problem_digest(tiny.problem, {}))
     open_subject(planned)
     (tmp_path / "tiny.py").write_text(PROBLEM.replace("nn.Tanh()", "nn.ReLU()"))
-    open_subject.cache_clear()
+    forget()
     with pytest.raises(InputError, match="is not the one that the run was planned with"):
         open_subject(planned)
 
 
-def test_warming_imports_and_opens_nothing(tiny: Subject, tmp_path: Path) -> None:
+def test_warming_imports_and_opens_nothing(tiny: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tiny.py").write_text(PROBLEM.replace("def model(self):", "def model(self):\n        print('opened')"))
-    open_subject.cache_clear()
+    forget()
     subject.warm(tiny)
-    assert open_subject.cache_info().currsize == 0
+    assert capsys.readouterr().out == ""
     subject.warm(replace(tiny, problem="no.such:Problem"))
 
 
-def test_a_process_holds_one_subject(tiny: Subject) -> None:
-    for seed in range(3):
-        open_subject(replace(tiny, options=f'{{"seed": {seed}}}'))
-    assert open_subject.cache_info().currsize == 1
+def test_a_process_holds_one_problem_and_a_few_of_its_checkpoints(tiny: Subject) -> None:
+    first = weakref.ref(open_subject(tiny).attributed.problem)
+    many = [weakref.ref(open_subject(replace(tiny, exclude=("0",) * n)).attributed.model) for n in range(1, 12)]
+    gc.collect()
+    assert first() is not None
+    assert sum(model() is not None for model in many) == subject.OPEN_AT_ONCE
+    open_subject(replace(tiny, options='{"seed": 1}'))
+    gc.collect()
+    assert first() is None

@@ -12,9 +12,11 @@ from tda.curvature.covariances import Covariance, covariance_sums
 from tda.curvature.eigen import Factor, decompose, eigenvalue_sums
 from tda.directions import dense, query_gradients, squared_norms
 from tda.methods import parse
+from tda.methods.work import Work
 from tda.modules import inspect
 from tda.problem import Problem
 from tda.scoring import Scorer, score
+from tda.self_products import Kronecker
 
 
 class Given(Problem):
@@ -68,15 +70,15 @@ def attribute(
     edges = [0, *cuts, len(train)]
     shards = [range(a, b) for a, b in pairwise(edges)]
     tables = [[_table(m, b) for b in range(len(attributed.blocks))] for m in methods]
-    kinds = {m.fisher_kind for row in tables for m in row if m.fisher_kind}
+    kinds = {need.of for row in tables for m in row for need in m.fits if need.kind == "kronecker"}
     factors = factors or {kind: fit(attributed, train, shards, fisher=kind, seed=seed, batch_size=batch_size) for kind in sorted(kinds)}
     found, _ = query_gradients(attributed, queries, range(len(queries)), batch_size=batch_size)
     norms = torch.stack([squared_norms(g) for g in found]).sum(0).sqrt()
     scorers = []
     for row in tables:
-        own = factors[row[0].fisher_kind] if row[0].fisher_kind else [None] * len(row)
-        directions = [m.direction(b, f, g, "full") for m, b, f, g in zip(row, attributed.blocks, own, found, strict=True)]
-        scorers.append(Scorer(row[0], directions, own, norms))
+        work = Work(attributed, train, [factors[need.of] for need in row[0].fits], seed, batch_size)
+        directions = [method.directions(work, found).passes[0][b] for b, method in enumerate(row)]
+        scorers.append(Scorer(row[0].title, directions, norms, _own(row, work.curvature), row[0].cosine))
     parts = [score(attributed, scorers, train, ids, examples=len(train), batch_size=batch_size, self_influence=selves) for ids in shards]
     return Outcome(
         attributed,
@@ -96,6 +98,12 @@ def fit(attributed, train, shards, *, fisher, seed=0, batch_size=5) -> list[Fact
     factors = [decompose(b, c, len(train), attributed.dtype) for b, c in zip(attributed.blocks, total, strict=True)]
     squares = [eigenvalue_sums(attributed, factors, train, ids, **options) for ids in shards]
     return [replace(f, eigenvalues=sum(each) / len(train)) for f, each in zip(factors, zip(*squares, strict=True), strict=True)]
+
+
+def _own(row, curvature):
+    """Self-influence with each block's own damping."""
+    owns = [method.own(curvature) for method in row]
+    return Kronecker(owns[0].factors, [o.inverses[b] for b, o in enumerate(owns)]) if isinstance(owns[0], Kronecker) else owns[0]
 
 
 def _table(options, block):

@@ -43,7 +43,7 @@ def scores(problem, products):
     factors = fit_factors(attributed, train, fisher="exact", batch_size=256, products=products)
     gradients, _ = query_gradients(attributed, queries, range(len(queries)), batch_size=64)
     directions = [method.direction(b, f, g, products) for b, f, g in zip(attributed.blocks, factors, gradients, strict=True)]
-    scorer = Scorer(method, directions, factors, torch.ones(len(queries)))
+    scorer = Scorer(method.title, directions, torch.ones(len(queries)), method.own([factors]))
     return score(attributed, [scorer], train, range(len(train)), examples=len(train), batch_size=256, products=products).influence
 
 

@@ -1,0 +1,175 @@
+"""Directions of the queries under one method: what a run's scores are inner products with.
+
+    queries-<block>.safetensors    "<pass>/<block>/matrix" or ".../left", ".../right"; "measurement" and "norms" of the queries
+    queries-<block>.json           what the method tells of how they were made: residuals of a solve, the error of an approximation
+    state-<block>.safetensors      of a solve that is under way
+    complete.json                  last
+
+Each method has an artifact of its own, so that a method added to a configuration is the only one computed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infra import storage
+from tasks import dense
+from tasks.factors import fitted
+from tasks.subject import Subject, open_subject
+from tasks.tensors import read_tensors, write_tensors
+from tda import location
+from tda.directions import Dense, Direction, Factored, query_gradients, squared_norms
+from tda.methods import Method, parse
+from tda.methods.work import Fit, Work
+from tda.products import Products
+from tda.trajectory import Segment
+
+#: Seconds between two stored states of a solve: so much is lost at most when a worker dies.
+STATE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class DirectionJob:
+    """The directions of all queries under one method.
+
+    method: JSON of its options. fits: URLs, in the order of the method's. segments of the training, and the subjects at their mean
+    weights, for methods that unroll it. block: queries per task.
+    """
+
+    url: str
+    subject: Subject
+    method: str
+    fits: tuple[str, ...]
+    queries: int
+    block: int
+    batch_size: int
+    seed: int
+    products: Products
+    segments: tuple[Segment, ...] = ()
+    averages: tuple[Subject, ...] = ()
+
+    def parsed(self) -> Method:
+        """The method."""
+        return parse(json.loads(self.method))
+
+    def ids(self, block: int) -> range:
+        """Query ids of a block."""
+        return range(block * self.block, min((block + 1) * self.block, self.queries))
+
+    @property
+    def blocks(self) -> int:
+        """Number of query blocks."""
+        return -(-self.queries // self.block)
+
+    def place(self, kind: str, block: int, suffix: str = "safetensors") -> str:
+        """URL of a block's object."""
+        return location.join(self.url, f"{kind}-{block:06d}.{suffix}")
+
+
+def load_fit(fit: Fit, url: str, subject: Subject) -> tuple[Any, ...]:
+    """A completed fit: one Factor per block, or the Spectra of a dense one."""
+    return fitted(url, subject) if fit.kind == "kronecker" else spectra(url)
+
+
+@lru_cache(maxsize=4)
+def spectra(url: str) -> tuple[Any, ...]:
+    """The spectra of a completed dense fit, kept for the next task of the same worker."""
+    return tuple(dense.load_spectra(url))
+
+
+def curvature_of(job: DirectionJob) -> list[tuple[Any, ...]]:
+    """The fits of a job's method, loaded."""
+    return [load_fit(fit, url, job.subject) for fit, url in zip(job.parsed().fits, job.fits, strict=True)]
+
+
+def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
+    """Compute the directions of one query block, and write them as one object."""
+    job, block = task
+    started = time.perf_counter()
+    url = job.place("queries", block)
+    if not location.exists(url):
+        opened = open_subject(job.subject)
+        gradients, values = query_gradients(opened.attributed, opened.query, job.ids(block), batch_size=job.batch_size)
+        norms = torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
+        state = job.place("state", block)
+        work = Work(
+            opened.attributed,
+            opened.train,
+            curvature_of(job),
+            job.seed,
+            job.batch_size,
+            job.products,
+            job.segments,
+            tuple(open_subject(subject).attributed for subject in job.averages),
+            read_tensors(state) if location.exists(state) else None,
+            _kept(state),
+        )
+        made = job.parsed().directions(work, gradients)
+        tensors = {"measurement": values, "norms": norms}
+        for p, directions in enumerate(made.passes):
+            for b, direction in enumerate(directions):
+                tensors |= {f"{p}/{b}/{side}": t for side, t in _sides(direction, job.products).items()}
+        # The tensors are written last: they are what says that the block is done.
+        storage.write_json(job.place("queries", block, "json"), made.told)
+        write_tensors(url, tensors)
+        storage.delete(state)
+    return {"seconds": time.perf_counter() - started}
+
+
+def _kept(url: str) -> Callable[[dict[str, Tensor]], None]:
+    """Store a solve's state now and then, so that an interrupted one goes on."""
+    last = time.perf_counter()
+
+    def keep(state: dict[str, Tensor]) -> None:
+        nonlocal last
+        if time.perf_counter() - last >= STATE_SECONDS:
+            write_tensors(url, state)
+            last = time.perf_counter()
+
+    return keep
+
+
+def finish(job: DirectionJob) -> None:
+    """Write the completion marker."""
+    storage.write_json(location.join(job.url, "complete.json"), {"queries": job.queries, "method": json.loads(job.method)})
+
+
+def told(job: DirectionJob) -> list[dict[str, Any]]:
+    """What the method told of each query block."""
+    return [location.read_json(job.place("queries", block, "json")) for block in range(job.blocks)]
+
+
+def _sides(direction: Direction, products: Products) -> dict[str, Tensor]:
+    found = {"matrix": direction.matrix} if isinstance(direction, Dense) else {"left": direction.left, "right": direction.right}
+    return {side: tensor.bfloat16() for side, tensor in found.items()} if products == "bfloat16" else found
+
+
+@dataclass(frozen=True)
+class Directions:
+    """A block's directions read back: passes, by block; measurement and gradient norms of the queries."""
+
+    passes: Sequence[Sequence[Direction]]
+    measurement: Tensor
+    norms: Tensor
+
+
+def read_directions(job: DirectionJob, block: int) -> Directions:
+    """The directions of one query block."""
+    tensors = read_tensors(job.place("queries", block))
+    places = [key.split("/") for key in tensors if "/" in key]
+    passes = 1 + max(int(place[0]) for place in places)
+    count = 1 + max(int(place[1]) for place in places)
+
+    def direction(p: int, b: int) -> Direction:
+        key = f"{p}/{b}/"
+        return Dense(tensors[key + "matrix"]) if key + "matrix" in tensors else Factored(tensors[key + "left"], tensors[key + "right"])
+
+    return Directions([[direction(p, b) for b in range(count)] for p in range(passes)], tensors["measurement"], tensors["norms"])

@@ -1,0 +1,241 @@
+"""What a run will do, decided before it is done: its members, their fits, directions and scores, and the fingerprint of each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from tasks import layout
+from tasks.dense import DenseJob
+from tasks.directions import DirectionJob
+from tasks.factors import FactorJob
+from tasks.prepare import Inputs, Request
+from tasks.scores import CHUNK_QUERIES, Scored, ScoreJob
+from tasks.subject import Subject, open_subject, read_checkpoint
+from tasks.tensors import write_tensors
+from tasks.training import read_trajectory
+from tda import checkpoint, location, sizes
+from tda.fingerprint import fingerprint
+from tda.methods import Method, parse_all
+from tda.methods.work import Fit
+from tda.problem import measurement_of
+from tda.schema import SIGN
+from tda.trajectory import Segment, average, cut
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """The training as a method sees it: segments, the subjects at their checkpoints, and those at their mean weights (where asked)."""
+
+    segments: tuple[Segment, ...]
+    checkpoints: tuple[tuple[Subject, ...], ...]
+    averages: tuple[Subject, ...]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What is done for one trained model: its fits (by what they are of and their fingerprint), and its scores."""
+
+    subject: Subject
+    seed: int
+    fits: dict[str, FactorJob | DenseJob]
+    scores: ScoreJob
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Of its artifacts, for the manifest."""
+        found: dict[str, Any] = {"checkpoint": self.subject.weights, "factors": {}, "spectra": {}, "directions": {}}
+        for key, job in self.fits.items():
+            found["factors" if isinstance(job, FactorJob) else "spectra"][key] = job.url.rpartition("/")[2]
+        for scored in self.scores.methods:
+            found["directions"][scored.directions.parsed().title] = scored.directions.url.rpartition("/")[2]
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: one member per trained model (usually one), and the fingerprint of the whole."""
+
+    request: Request
+    inputs: Inputs
+    members: tuple[Member, ...]
+    fingerprint: str
+
+    @property
+    def first(self) -> Member:
+        """The member that stands for all where they are alike: blocks, methods, sizes."""
+        return self.members[0]
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods, in the order of the configuration."""
+        return parse_all([json.loads(text) for text in self.request.methods])
+
+    def placed(self, run_url: str) -> Plan:
+        """The same, with results in a run's folder: members of an ensemble have their own folders in it."""
+        many = len(self.members) > 1
+        members = []
+        for m, member in enumerate(self.members):
+            url = location.join(run_url, "members", str(m)) if many else run_url
+            job = replace(member.scores, results=location.join(url, "results.zarr"), receipts=location.join(url, "receipts"))
+            members.append(replace(member, scores=job))
+        return replace(self, members=tuple(members))
+
+
+def training_artifact(request: Request, inputs: Inputs, seed: int) -> str:
+    """The folder of a training of the flow's: problem, data, seed and precision determine it."""
+    parts = {"problem": inputs.problem, "train": inputs.train, "seed": seed, "dtype": request.subject.dtype}
+    return layout.artifact(request.store, "checkpoint", fingerprint("checkpoint", **parts))
+
+
+def seeds(request: Request) -> range:
+    """The seed of each member."""
+    return range(request.seed, request.seed + request.ensemble)
+
+
+def plan(request: Request, inputs: Inputs) -> Plan:
+    """Decide a run. Where the request names no checkpoint, the trained artifacts are used; they must be there."""
+    members = tuple(_member(request, inputs, seed) for seed in seeds(request))
+    asked = [[*member.fingerprints()["directions"].values(), member.scores.scoring_batch] for member in members]
+    whole = fingerprint("run", members=asked, self_influence=request.self_influence, seed=request.seed)
+    return Plan(request, inputs, members, whole)
+
+
+def _member(request: Request, inputs: Inputs, seed: int) -> Member:
+    subject = request.subject
+    if not subject.checkpoint:
+        subject = replace(subject, checkpoint=location.join(training_artifact(request, inputs, seed), "weights.safetensors"))
+    weights = checkpoint.digest(read_checkpoint(subject.checkpoint))
+    seen = fingerprint("inputs", digests=[inputs.problem, inputs.train, inputs.query])
+    subject = replace(subject, weights=weights, source=inputs.problem, inputs=seen)
+    attributed = open_subject(subject).attributed
+    blocks = attributed.blocks
+    methods = parse_all([json.loads(text) for text in request.methods])
+    itemsize = torch.tensor([], dtype=attributed.dtype).element_size()
+    batch = request.batch_size or sizes.batch_size(blocks, attributed.outputs, itemsize=itemsize)
+    shard = request.shard_size or sizes.shard_size(inputs.examples)
+    queries = request.query_block or sizes.query_block(blocks, inputs.queries, len(methods), itemsize=itemsize)
+    if request.query_block is None and CHUNK_QUERIES < queries < inputs.queries:
+        queries -= queries % CHUNK_QUERIES  # so that it can be cut in chunks of that many
+    scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries * len(methods), itemsize=itemsize)
+    cutter = _Cutter(request, inputs, subject, seed, batch, shard)
+    fits: dict[str, FactorJob | DenseJob] = {}
+    scored = tuple(cutter.scored(method, queries, fits) for method in methods)
+    job = ScoreJob(
+        subject, scored, "", "", inputs.examples, inputs.queries, shard, queries, scoring, request.products, request.self_influence
+    )
+    return Member(subject, seed, fits, job)
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts the methods of one member into jobs."""
+
+    request: Request
+    inputs: Inputs
+    subject: Subject
+    seed: int
+    batch: int
+    shard: int
+
+    def scored(self, method: Method, queries: int, fits: dict[str, FactorJob | DenseJob]) -> Scored:
+        """The directions of a method, and what they meet; its fits are added to `fits`."""
+        unrolled = self._unrolled(method)
+        jobs = {fit: self._fit(fit, unrolled) for fit in method.fits}
+        for fit, found in jobs.items():
+            fits[fit.key if fits.get(fit.key, found) == found else f"{fit.key}, {method.title}"] = found
+        keys = [jobs[fit].url.rpartition("/")[2] for fit in method.fits]
+        options = {key: value for key, value in json.loads(method.model_dump_json()).items() if key != "label"}
+        asked = {"query": self.inputs.query, "method": options, "fits": keys, "block": queries}
+        asked |= {"seed": self.seed} if method.stochastic else {}
+        asked |= (
+            {"segments": [asdict(segment) for segment in unrolled.segments], "averages": [s.weights for s in unrolled.averages]}
+            if unrolled.segments
+            else {}
+        )
+        url = layout.artifact(self.request.store, "directions", fingerprint("directions", **self._common(self.subject), **asked))
+        urls, count = tuple(jobs[fit].url for fit in method.fits), self.inputs.queries
+        directions = DirectionJob(
+            url, self.subject, method.model_dump_json(), urls, count, queries, self.batch, self.seed, self.request.products,
+            unrolled.segments, unrolled.averages,
+        )  # fmt: skip
+        if method.meets == "final":
+            return Scored(directions, ((self.subject,),))
+        return Scored(directions, unrolled.checkpoints if method.meets == "checkpoints" else tuple((s,) for s in unrolled.averages))
+
+    def _common(self, subject: Subject) -> dict[str, Any]:
+        """What every number about a subject depends on."""
+        opened = open_subject(subject)
+        names = [name for block in opened.attributed.blocks for name in block.parameters]
+        return {
+            "weights": subject.weights, "problem": self.inputs.problem, "train": self.inputs.train, "parameters": names,
+            "dtype": str(opened.attributed.dtype), "products": self.request.products, "batch": self.batch, "shard": self.shard,
+        }  # fmt: skip
+
+    def _fit(self, fit: Fit, unrolled: Unrolled) -> FactorJob | DenseJob:
+        store, examples = self.request.store, self.inputs.examples
+        if fit.kind == "dense":
+            subject = replace(self.subject, dtype="float64")
+            key = fingerprint("spectra", curvature=fit.of, **self._common(self.subject) | {"dtype": "float64", "products": "full"})
+            return DenseJob(layout.artifact(store, "spectra", key), subject, fit.of, examples, self.batch)  # type: ignore[arg-type]
+        subjects: tuple[Subject, ...] = (self.subject,)
+        if fit.segment is not None:
+            subjects = (unrolled.averages[fit.segment],) if unrolled.averages else unrolled.checkpoints[fit.segment]
+        seed = self.seed if fit.of == "sampled" else 0
+        common = self._common(subjects[0]) | ({"pooled": [s.weights for s in subjects]} if len(subjects) > 1 else {})
+        url = layout.artifact(store, "factors", fingerprint("factors", fisher=fit.of, seed=seed, **common))
+        return FactorJob(url, subjects, fit.of, seed, examples, self.shard, self.batch, self.request.products)  # type: ignore[arg-type]
+
+    def _unrolled(self, method: Method) -> Unrolled:
+        """The segments of the training, for a method that needs them."""
+        if method.meets == "final":
+            return Unrolled((), (), ())
+        trajectory = read_trajectory(self.subject.checkpoint)
+        segments = cut(trajectory, method.segments, per_segment=method.per_segment)  # type: ignore[attr-defined]
+        folder = self.subject.checkpoint.rpartition("/")[0]
+        checkpoints = tuple(tuple(self._at(location.join(folder, name)) for name in segment.checkpoints) for segment in segments)
+        averages = tuple(self._mean(subjects) for subjects in checkpoints) if method.meets == "averages" else ()
+        return Unrolled(segments, checkpoints, averages)
+
+    def _at(self, url: str) -> Subject:
+        return replace(self.subject, checkpoint=url, weights=checkpoint.digest(read_checkpoint(url)))
+
+    def _mean(self, subjects: tuple[Subject, ...]) -> Subject:
+        """The subject at the mean weights of others, which are stored as an artifact."""
+        folder = layout.artifact(self.request.store, "averages", fingerprint("average", weights=[s.weights for s in subjects]))
+        url = location.join(folder, "weights.safetensors")
+        if not location.exists(url):
+            write_tensors(url, average([read_checkpoint(s.checkpoint) for s in subjects]))
+        return self._at(url)
+
+
+def stated(plan: Plan) -> dict[str, Any]:
+    """What stands both in the manifest and beside the arrays: methods, sign, units and the measurement."""
+    return {
+        "methods": [method.title for method in plan.methods],
+        "sign": SIGN,
+        "units": {method.title: method.unit for method in plan.methods},
+        "measurement": measurement_of(open_subject(plan.first.subject).attributed.problem),
+    }
+
+
+def results_attrs(plan: Plan, run_id: str) -> dict[str, Any]:
+    """Attributes of results.zarr: sign, units, damping and the measurement stand beside the numbers."""
+    damping = {method.title: getattr(method, "damping", None) for method in plan.methods}
+    return {"run_id": run_id, **stated(plan), "damping": damping}
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """The plan's fingerprints, for the manifest."""
+    found = {
+        **plan.first.fingerprints(),
+        "train_data": plan.inputs.train,
+        "query_data": plan.inputs.query,
+        "problem": plan.inputs.problem,
+        "run": plan.fingerprint,
+    }
+    if len(plan.members) > 1:
+        found["members"] = [member.fingerprints() for member in plan.members]
+    return found
