@@ -7,8 +7,10 @@
 
 d, D and C lie in tests/data. T is too large to commit: it is read from the folder that $TDA_CASES names, if any.
 Truths are given for the first 8 queries x all training examples, in the library's convention: -(1/N) g_q^T (C + damping)^-1 g_i.
-The names: graddot; {ekfac,kfac}_{emp,exp}_{heur,fix,d2}. emp and exp: the data's labels, or the exact expectation over the model's;
-heur: damping 0.1 x the layer's mean eigenvalue; fix: FIX_DAMPING[case] for every layer; d2: 0.01.
+The names: graddot; {ekfac,kfac}_{emp,exp}_{heur,fix,d2}; in d and D {hess,ggn,bggn}_{fix,d2} as far as they are given. emp and exp:
+the data's labels, or the exact expectation over the model's; heur: damping 0.1 x the layer's mean eigenvalue; fix: FIX_DAMPING[case]
+for every layer; d2: 0.01. ggn and bggn: the exact generalised Gauss-Newton matrix, whole and layer by layer. hess: (H + damping I)^-1
+with H's negative eigenvalues as they are.
 """
 
 import math
