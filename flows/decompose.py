@@ -1,0 +1,184 @@
+"""The whole study: check every point, train, decompose and measure those that fit, publish."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from infra import storage
+from infra.cluster import ShardFailed, open_cluster
+from infra.prefect_api import embedded_api
+from infra.settings import quiet_prefect
+from tasks import decompose, decompose_measure, decompose_page, decompose_results, dense, layout, training
+from tasks.decompose import Point, PointJob, Study
+from tda import location
+from tda.errors import InputError
+
+if TYPE_CHECKING:
+    from flows.study import StudyConfig
+
+quiet_prefect()
+from prefect import flow, task  # noqa: E402  (its settings are read at import)
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+
+from flows import stages  # noqa: E402
+from flows.attribute import RunFailed  # noqa: E402
+from flows.progress import Progress  # noqa: E402
+
+_stage = task(cache_policy=NO_CACHE, persist_result=False)
+# Stages find their session here: a cluster client is nothing that Prefect should look into or store.
+_SESSION: ContextVar[stages.Session] = ContextVar("session")
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """Where a finished study is; how many points it has, which it left out, and how many it took from earlier studies."""
+
+    study_id: str
+    url: str
+    report_url: str
+    store: str
+    points: int
+    refused: list[str]
+    reused: int
+
+
+def decompose_study(config: StudyConfig, command: str = "") -> StudySummary:
+    """Run one study, or finish what an earlier try left.
+
+    Args:
+        config: what to study.
+        command: the command line that runs it, for the message of a failed study.
+
+    Raises:
+        InputError, StoreError, ClusterError, ApiError: what the user gave or named is not usable; nothing was written.
+        RunFailed: a stage failed; what was finished is kept.
+    """
+    study = study_of(config)
+    storage.check_store(study.store)
+    decompose.examine(study)
+    try:
+        with embedded_api() as api, api.used():
+            return decompose_flow(config.model_dump(mode="json"))
+    except ShardFailed as error:
+        kept = f"what is finished is kept in {study.store}"
+        if isinstance(error.cause, InputError):
+            raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
+        resume = f"`{command}`" if command else "the same study"
+        raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
+
+
+def study_of(config: StudyConfig) -> Study:
+    """A configuration in the strings and numbers that tasks take."""
+    from tda.methods.spectral import parse_bytes
+
+    inverses = tuple((table.title, json.dumps(table.options(), sort_keys=True)) for table in config.inverses)
+    evaluation = "" if config.evaluation is None else json.dumps(config.evaluation.model_dump(), sort_keys=True)
+    return Study(
+        config.problem, json.dumps(config.problem_options, sort_keys=True), json.dumps(config.sweep), tuple(config.progress), inverses,
+        location.resolve(config.store), config.seed, tuple(config.modules), tuple(config.exclude), parse_bytes(config.memory_limit),
+        config.batch_size, evaluation,
+    )  # fmt: skip
+
+
+@flow(name="decompose", validate_parameters=False)
+def decompose_flow(config: dict[str, Any]) -> StudySummary:
+    """Train, decompose, measure, publish. config: a StudyConfig as JSON, so that a schedule can hold it."""
+    from flows.study import StudyConfig
+
+    started = time.perf_counter()
+    parsed = StudyConfig.model_validate(config)
+    study = study_of(parsed)
+    points = decompose.examine(study)
+    refused = [f"{decompose.listed(p.named)} ({p.parameters:,} parameters): {p.refused}" for p in points if p.refused]
+    progress = Progress()
+    with progress.shown(), open_cluster(parsed.cluster.spec()) as client, stages.session(client, progress) as session:
+        _SESSION.set(session)
+        url, manifest = _claim(study, points, config)
+        for line in refused:
+            progress.say(f"left out: {line}")
+        train(points)
+        jobs = [None if point.refused else decompose.job_of(study, point) for point in points]
+        waiting = [job for job in jobs if job is not None and not layout.is_complete(job.url)]
+        measured = sum(job is not None for job in jobs)
+        if len(waiting) < measured:
+            progress.say(f"reused: {measured - len(waiting)} of {measured} points")
+        for wave in _waves(waiting, parsed.cluster.workers):
+            fit(wave)
+            measure(wave)
+            if not parsed.keep_spectra:
+                drop_spectra(wave)
+        decompose_results.write_results(url, study, points, jobs)
+        manifest["timings"] = session.timed(started)
+        decompose_page.write_page(url, manifest)
+        decompose_results.complete(url, manifest)
+    return StudySummary(
+        url.rpartition("/")[2], url, location.join(url, "report.html"), study.store, measured, refused, measured - len(waiting)
+    )
+
+
+@_stage
+def train(points: Sequence[Point]) -> None:
+    """Train every model that is measured and not there yet."""
+    jobs = {point.training[2]: point.training for point in points if not point.refused}
+    missing = [job for url, job in jobs.items() if not layout.is_complete(url)]
+    if missing:
+        _SESSION.get().shards(training.train, missing, "train")
+
+
+@_stage
+def fit(wave: Sequence[PointJob]) -> None:
+    """The spectra and factors of some points, side by side."""
+    for job in wave:
+        stages.fit(job.factors)
+    session = _SESSION.get()
+    missing = [each for job in wave for each in job.spectra if not layout.is_complete(each.url)]
+    for each in missing:
+        dense.create(each)
+    if missing:
+        session.shards(dense.rows, [rows for each in missing for rows in dense.row_tasks(each)], "matrices")
+        session.shards(dense.decompose, [block for each in missing for block in dense.decompose_tasks(each)], "eigendecompositions")
+        session.shards(dense.finish, missing, "finish spectra")
+
+
+@_stage
+def measure(wave: Sequence[PointJob]) -> None:
+    """Errors, overlaps and scores of some points."""
+    _SESSION.get().shards(decompose_measure.measure, wave, "measure")
+
+
+def drop_spectra(wave: Sequence[PointJob]) -> None:
+    """Delete what is large and measured."""
+    for job in wave:
+        for each in job.spectra:
+            storage.delete_tree(each.url)
+
+
+def _waves(jobs: Sequence[PointJob], width: int) -> Iterator[Sequence[PointJob]]:
+    """As many points at a time as there are workers: of more, the matrices would fill the store before the first is measured."""
+    for start in range(0, len(jobs), width):
+        yield jobs[start : start + width]
+
+
+def _claim(study: Study, points: Sequence[Point], config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The unfinished study with this fingerprint, or a new one: (URL, manifest)."""
+    folder = location.join(study.store, "studies")
+    names = location.list_names(folder)
+    mark = decompose.fingerprint_of(study, points)
+    for name, found in zip(names, location.read_json_many([location.join(folder, n, "study.json") for n in names]), strict=True):
+        if found and not found.get("complete") and found.get("fingerprints", {}).get("study") == mark:
+            return decompose_results.study_url(study.store, name), decompose_results.manifest(study, points, name, found["created"], config)
+    created = datetime.now(UTC)
+    study_id = f"{created:%Y%m%d-%H%M%S}-{mark[:6]}"
+    while True:
+        url = decompose_results.study_url(study.store, study_id)
+        manifest = decompose_results.manifest(study, points, study_id, created.isoformat(timespec="seconds"), config)
+        if storage.create_once(location.join(url, "study.json"), json.dumps(manifest, indent=2, allow_nan=False).encode()):
+            return url, manifest
+        study_id = f"{created:%Y%m%d-%H%M%S}-{mark[:6]}-{secrets.token_hex(2)}"  # another start had it first

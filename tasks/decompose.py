@@ -1,0 +1,181 @@
+"""A study of the curvature ladder: its points, what is decided about each before anything is computed, and what is measured there.
+
+A point is one combination of swept options at one share of the training. What would take more memory than allowed is refused, and
+stays in the study with the bytes that it would have taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tasks import layout, plan, prepare
+from tasks.dense import DenseJob
+from tasks.factors import FactorJob
+from tasks.subject import Subject, open_subject
+from tasks.training import read_trajectory
+from tda import location
+from tda.curvature.spectrum import Inverse, projected_bytes
+from tda.decomposition import REFERENCES
+from tda.errors import InputError
+from tda.fingerprint import fingerprint
+
+#: Raised by one when what is measured at a point changes.
+VERSION = 1
+#: Shares of the eigenvectors whose overlap is measured.
+TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+_METHODS = tuple(json.dumps({"name": name, "memory_limit": "1024TiB"}) for name in REFERENCES)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the user asked for, in strings and numbers.
+
+    options: of the problem, fixed, and sweep: its options by lists, both as JSON. progress: shares of the training. inverses: options of
+    `Inverse`, as JSON, by label. memory_limit: bytes. evaluation: options of the retraining as JSON, or "".
+    """
+
+    problem: str
+    options: str
+    sweep: str
+    progress: tuple[float, ...]
+    inverses: tuple[tuple[str, str], ...]
+    store: str
+    seed: int
+    modules: tuple[str, ...]
+    exclude: tuple[str, ...]
+    memory_limit: int
+    batch_size: int | None
+    evaluation: str = ""
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """The swept options, in the order of the configuration, the last one varying fastest."""
+        sweep = json.loads(self.sweep)
+        return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point before it is computed: where it stands in the study, the request that trains it, and its size.
+
+    swept: its swept options, as JSON. layers: names of its blocks. refused: why it is left out, "" where it is not.
+    """
+
+    swept: str
+    progress: float
+    request: prepare.Request
+    inputs: prepare.Inputs
+    layers: tuple[str, ...]
+    sizes: tuple[int, ...]
+    bytes: int
+    refused: str
+
+    @property
+    def parameters(self) -> int:
+        """D."""
+        return sum(self.sizes)
+
+    @property
+    def training(self) -> tuple[Subject, int, str]:
+        """The job of tasks.training.train."""
+        return self.request.subject, self.request.seed, plan.training_artifact(self.request, self.inputs, self.request.seed)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Its swept options, and the share of the training where that is not all of it, for people."""
+        options: dict[str, Any] = json.loads(self.swept)
+        return options if self.progress == 1 else options | {"progress": self.progress}
+
+
+@dataclass(frozen=True)
+class PointJob:
+    """What is measured at a point: where it is stored, of what, and from which spectra (of REFERENCES, in order) and factors."""
+
+    url: str
+    subject: Subject
+    spectra: tuple[DenseJob, ...]
+    factors: FactorJob
+    inverses: tuple[str, ...]
+    batch_size: int
+
+    def parsed(self) -> list[Inverse]:
+        """The inverses."""
+        return [Inverse(**json.loads(text)) for text in self.inverses]
+
+
+def examine(study: Study) -> list[Point]:
+    """Every point, its problem loaded and checked, nothing written.
+
+    Raises InputError where a combination of options is not usable, or where no point fits into the memory that is allowed.
+    """
+    points = []
+    for swept in study.combinations():
+        request, inputs, blocks = _examined(study, swept)
+        needed = projected_bytes(blocks, "hessian")
+        refused = "" if needed <= study.memory_limit else f"takes {_gib(needed)}, memory_limit is {_gib(study.memory_limit)}"
+        names, sizes = tuple(block.name for block in blocks), tuple(block.size for block in blocks)
+        points += [Point(json.dumps(swept), share, request, inputs, names, sizes, needed, refused) for share in study.progress]
+    if all(point.refused for point in points):
+        least = min(points, key=lambda point: point.bytes)
+        raise InputError(
+            f"every point of the sweep is too large: the smallest has {least.parameters:,} parameters and {least.refused}; "
+            "raise memory_limit, exclude layers, or sweep over smaller models"
+        )
+    return points
+
+
+def _examined(study: Study, swept: dict[str, Any]) -> tuple[prepare.Request, prepare.Inputs, Any]:
+    options = json.dumps(json.loads(study.options) | swept, sort_keys=True)
+    subject = Subject(study.problem, options, "", study.modules, study.exclude, "auto")
+    methods = (json.dumps({"name": "ekfac", "fisher": "exact"}),)
+    request = prepare.Request(subject, study.store, study.seed, "full", methods, study.batch_size, None, None, self_influence=False)
+    try:
+        inputs = prepare.examine(request)
+    except InputError as error:
+        raise InputError(f"{error} (with {listed(swept)})" if swept else str(error)) from error
+    return request, inputs, open_subject(subject).attributed.blocks
+
+
+def listed(options: dict[str, Any]) -> str:
+    """Options for people: "depth 4, width 32"."""
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def fingerprint_of(study: Study, points: Sequence[Point]) -> str:
+    """What determines a whole study's numbers."""
+    asked = [[p.swept, p.progress, p.training[2].rpartition("/")[2], p.inputs.query, bool(p.refused)] for p in points]
+    parts = [list(each) for each in study.inverses], list(study.modules), list(study.exclude), study.batch_size, study.evaluation
+    return fingerprint("study", points=asked, parts=parts, version=VERSION)
+
+
+def job_of(study: Study, point: Point) -> PointJob:
+    """The jobs of a point whose training is done."""
+    weights = location.join(point.training[2], "weights.safetensors")
+    if point.progress < 1:
+        weights = _checkpoint(weights, point.progress)
+    subject = replace(point.request.subject, checkpoint=weights, dtype="float64")
+    member = plan.plan(replace(point.request, subject=subject, methods=(*point.request.methods, *_METHODS)), point.inputs).first
+    spectra = tuple(member.fits[name] for name in REFERENCES)
+    factors = member.fits["exact"]
+    assert isinstance(factors, FactorJob)
+    inverses = tuple(text for _, text in study.inverses)
+    used = [job.url.rpartition("/")[2] for job in (*spectra, factors)]
+    key = fingerprint(
+        "decomposition", spectra=used, inverses=inverses, query=point.inputs.query, tops=TOPS, batch=factors.batch_size, version=VERSION
+    )
+    url = layout.artifact(study.store, "decomposition", key)
+    return PointJob(url, member.subject, spectra, factors, inverses, factors.batch_size)  # type: ignore[arg-type]
+
+
+def _checkpoint(weights: str, progress: float) -> str:
+    """The stored checkpoint that is nearest to a share of the training's steps."""
+    saved = read_trajectory(weights).saved
+    nearest = min(saved, key=lambda one: abs(one.step - progress * saved[-1].step))
+    return location.join(weights.rpartition("/")[0], nearest.name)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB"
