@@ -163,31 +163,45 @@ def decompose(task: tuple[DenseJob, int]) -> dict[str, Any]:
 
 
 def _matrix(job: DenseJob, diagonal: int) -> Tensor:
-    """One diagonal block (n, n). Rows that are lost or damaged are deleted, and computed again by the next try."""
+    """One diagonal block (n, n)."""
     some = [task for task in row_tasks(job) if task.diagonal == diagonal]
     matrix = torch.empty(some[0].size, some[0].size, dtype=torch.float64)
     for task in some:
-        try:
-            matrix[task.start : task.stop] = read_tensors(task.url)["rows"]
-        except (InputError, OSError):  # the store's trouble, not the object's
-            raise
-        except Exception as error:  # (a damaged object may raise anything that its format does)
+        found = _stored(task)
+        if found is None:  # lost or damaged after it was written
             storage.delete(task.url)
-            where = f"rows {task.start}..{task.stop - 1} of {job.curvature}"
-            raise ArithmeticError(f"{where} cannot be read ({cause(error)}); the next try computes them again") from error
+            rows(task)
+            found = _stored(task)
+        if found is None:
+            raise ArithmeticError(f"rows {task.start}..{task.stop - 1} of the {job.curvature} at {task.url} cannot be read")
+        matrix[task.start : task.stop] = found
     return matrix
 
 
+def _stored(task: Rows) -> Tensor | None:
+    """A task's rows, None where they are absent or damaged."""
+    try:
+        found = read_tensors(task.url)["rows"]
+    except FileNotFoundError:
+        return None
+    except (InputError, OSError):  # the store's trouble, not the object's
+        raise
+    except Exception:  # noqa: BLE001  (a damaged object may raise anything that its format does)
+        return None
+    return found if found.shape == (task.stop - task.start, task.size) else None
+
+
 def finish(job: DenseJob) -> dict[str, Any]:
-    """Verify every array, write the completion marker, and drop the matrix."""
+    """Verify every array, write the completion marker, and drop the matrix. A spectrum that is damaged is made again."""
     started = time.perf_counter()
     if not layout.is_complete(job.url):
         for diagonal in range(len(_sizes(job))):
             try:
                 _read(job.url, diagonal)
-            except ArithmeticError as error:
+            except ArithmeticError:
                 storage.delete(_receipt(job, diagonal))
-                raise ArithmeticError(f"{error}; the next try computes it again") from error
+                decompose((job, diagonal))
+                _read(job.url, diagonal)
         marker = {"curvature": job.curvature, "examples": job.examples, "sizes": _sizes(job)}
         storage.sweep(job.url)
         if storage.create_once(location.join(job.url, "complete.json"), json.dumps(marker).encode()):
