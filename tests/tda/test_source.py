@@ -145,6 +145,8 @@ def source(trained: Trained, method: Source, segments: tuple[Segment, ...], fits
     fits = fits or [pooled(trained, each) for each in checkpoints]
     found, _ = query_gradients(final, trained.problem.queries, range(QUERIES), batch_size=2)
     work = Work(final, trained.problem.train, fits, 0, 5, segments=segments)
+    if isinstance(method, FastSource):
+        work = replace(work, averaged=tuple(each for (each,) in checkpoints))
     passes = method.directions(work, found).passes
     assert len(passes) == len(segments)
     total = torch.zeros(QUERIES, EXAMPLES, dtype=torch.float64)

@@ -1,0 +1,106 @@
+"""ASTRA-SOURCE: SOURCE whose responses are solved for, with EK-FAC as the preconditioner (2507.14740)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from tda.directions import Dense, Direction, dense
+from tda.flat import flatten, unflatten
+from tda.methods.iterative import BatchSize, batch_is_a_size, told
+from tda.methods.source import FastSource
+from tda.methods.work import Made, Work
+from tda.solvers.astra import NAMED, astra
+from tda.solvers.operator import Operator
+from tda.solvers.preconditioner import ekfac_preconditioner
+from tda.solvers.system import OnStep, Solution, State, System
+
+
+class AstraSource(FastSource):
+    """FAST-SOURCE with R_l replaced by (G_l + lambda_l I)^-1, lambda_l = 1 / t_l + damping, G_l the GGN at the segment's mean weights.
+
+    Both are t_l along flat directions and 1/s along steep ones. S_l stays EK-FAC's. Solved by ASTRA, each segment's EK-FAC at damping
+    lambda_l being the preconditioner. schedule: by name, as for astra; batch_size: of its steps, in place of the schedule's. tolerance:
+    a solve ends where ||g - (G + lambda I) v|| <= tolerance ||g||.
+    """
+
+    name: Literal["astra_source"] = "astra_source"  # type: ignore[assignment]
+    schedule: str = "tuned"
+    tolerance: float = Field(default=1e-3, gt=0, lt=1)
+    batch_size: BatchSize | None = None
+    stochastic: ClassVar[bool] = True
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule_is_known(cls, value: str) -> str:
+        if value not in NAMED:
+            raise ValueError(f"schedule must be one of {', '.join(NAMED)}, got {value!r}")
+        return value
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _batch_is_a_size(cls, value: object) -> object:
+        return None if value is None else batch_is_a_size(value)
+
+    def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
+        """V_{q,l} = -(G_l + lambda_l I)^-1 S_{l+1} ... S_L g_q, one pass per segment, solved from the last segment backwards."""
+        blocks, passes, solves = work.attributed.blocks, list[list[Direction]](), list[dict[str, Any]]()
+        state = work.state or {"segment": torch.tensor(len(work.segments) - 1)}
+        under_way = int(state["segment"])
+        done = {name: tensor for name, tensor in state.items() if name.startswith("done/")}
+        for k in reversed(range(len(work.segments))):
+            if k > under_way:
+                solution = _read(done, k)
+            else:
+                inner = {name.removeprefix("solve/"): t for name, t in state.items() if name.startswith("solve/") and k == under_way}
+                solution = self._solve(work, k, gradients, inner or None, _keeper(work.on_step, k, done))
+                done |= _written(solution, k)
+            passes.insert(0, [Dense(-matrix) for matrix in unflatten(blocks, solution.x)])
+            solves.insert(0, told(solution, self.tolerance))
+            if k > 0:
+                gradients = self._survive(work, k, gradients)
+        segments = [self._told(segment) | {"lambda": self._lambda(work, k)} for k, segment in enumerate(work.segments)]
+        return Made(passes, {"segments": segments, "solves": solves})
+
+    def _lambda(self, work: Work, k: int) -> float:
+        return 1 / work.segments[k].horizon + self._damping_in(work.segments[k])
+
+    def _solve(self, work: Work, k: int, pushed: Sequence[Direction], state: State | None, on_step: OnStep | None) -> Solution:
+        """(G + lambda I)^-1 u in segment k, for all queries together."""
+        right = flatten(work.attributed.blocks, [dense(direction) for direction in pushed])
+        damping, schedule = self._lambda(work, k), NAMED[self.schedule]
+        if self.batch_size is not None:
+            schedule = replace(schedule, batch_size=None if self.batch_size == "full" else self.batch_size)
+        operator = Operator(work.averaged[k], work.train, "ggn", work.batch_size)
+        system = System(operator.product, torch.tensor(damping, dtype=right.dtype), right, len(work.train))
+        precondition = ekfac_preconditioner(work.attributed.blocks, work.curvature[k], damping)
+        options: dict[str, Any] = {"tolerance": self.tolerance, "seed": work.seed, "start": "ekfac"}
+        return astra(system, precondition, schedule=schedule, state=state, on_step=on_step, **options)
+
+
+def _keeper(on_step: OnStep | None, k: int, done: State) -> OnStep | None:
+    """What a solver calls with its state, so that the solves of earlier segments are kept beside it."""
+    if on_step is None:
+        return None
+    before = dict(done)
+
+    def keep(inner: State) -> None:
+        on_step({"segment": torch.tensor(k), **before, **{f"solve/{name}": tensor for name, tensor in inner.items()}})
+
+    return keep
+
+
+def _written(solution: Solution, k: int) -> State:
+    """A solution as tensors."""
+    found: dict[str, Tensor] = {name: getattr(solution, name) for name in ("x", "residuals", "evaluations", "converged")}
+    return {f"done/{k}/{name}": tensor for name, tensor in found.items()} | {f"done/{k}/steps": torch.tensor(solution.steps)}
+
+
+def _read(state: State, k: int) -> Solution:
+    found = {name: state[f"done/{k}/{name}"] for name in ("x", "residuals", "evaluations", "converged")}
+    return Solution(**found, steps=int(state[f"done/{k}/steps"]))
