@@ -60,7 +60,7 @@ def write_solves(plan: Plan, run_url: str) -> None:
 
 
 def _joined(job: DirectionJob) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each solve of a method the residuals (step, query) of all query blocks, NaN after a block's last step, and evaluations (step,)."""
+    """Of each solve of a method: residuals (step, query) of all query blocks, NaN after a block's last step; evaluations (step,)."""
     each = [one.get("solves", []) for one in told(job)]
     joined = []
     for parts in zip(*each, strict=True):

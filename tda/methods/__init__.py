@@ -12,10 +12,26 @@ from tda.errors import InputError
 from tda.methods.ekfac import EKFAC
 from tda.methods.gradcos import GradCos
 from tda.methods.graddot import GradDot
+from tda.methods.iterative import CG, SNI, Astra
 from tda.methods.kfac import KFAC
 from tda.methods.method import Method
+from tda.methods.source import FastSource, Source
+from tda.methods.spectral import GGN, BlockGGN, Hessian
 
-METHODS: dict[str, type[Method]] = {"graddot": GradDot, "gradcos": GradCos, "kfac": KFAC, "ekfac": EKFAC}
+METHODS: dict[str, type[Method]] = {
+    "graddot": GradDot,
+    "gradcos": GradCos,
+    "kfac": KFAC,
+    "ekfac": EKFAC,
+    "hessian": Hessian,
+    "ggn": GGN,
+    "block_ggn": BlockGGN,
+    "cg": CG,
+    "sni": SNI,
+    "astra": Astra,
+    "source": Source,
+    "fast_source": FastSource,
+}
 
 
 def parse(options: dict[str, Any]) -> Method:

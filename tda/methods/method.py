@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tda.attributed import Attributed
+from tda.blocks import Block
 from tda.directions import Direction
 from tda.methods.work import Fit, Made, Work
 from tda.self_products import Own
@@ -42,8 +42,8 @@ class Method(BaseModel):
         """The fits of curvature that it needs, in the order in which `Work.curvature` holds them."""
         return ()
 
-    def check(self, attributed: Attributed) -> None:
-        """Raise InputError, in one line, where this model is nothing for the method: too large, say. Called before anything is done."""
+    def check_size(self, blocks: Sequence[Block]) -> None:
+        """Raise InputError, in one line, where the method would take too much memory. Called before anything is done."""
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_q = -C^-1 g_q, without the factor 1/N, for a batch of query gradients given block by block."""
