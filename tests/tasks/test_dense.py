@@ -25,8 +25,8 @@ CURVATURES = ["hessian", "ggn", "block_ggn"]
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tasks for each diagonal block, several chunks for each array."""
-    monkeypatch.setattr(dense, "ROWS", 8)
-    monkeypatch.setattr(dense, "CHUNK", 16)
+    monkeypatch.setattr(dense, "ROWS", 16)
+    monkeypatch.setattr(dense, "CHUNK", 32)
     yield
     dense._operator.cache_clear()
 
@@ -115,13 +115,13 @@ def test_what_is_killed_goes_on_where_it_was(job: DenseJob, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         compute(job)
     monkeypatch.undo()
-    monkeypatch.setattr(dense, "ROWS", 8)
-    monkeypatch.setattr(dense, "CHUNK", 16)
+    monkeypatch.setattr(dense, "ROWS", 16)
+    monkeypatch.setattr(dense, "CHUNK", 32)
     written = []
     monkeypatch.setattr(dense, "write_tensors", lambda *arguments: written.append(write(*arguments)))
     compute(job)
     assert objects(job.url) == objects(undisturbed.url)
-    assert len(written) == {"create": 8, "rows": 5, "decompose": 0, "finish": 0}[stage]
+    assert len(written) == {"create": 4, "rows": 1, "decompose": 0, "finish": 0}[stage]
 
 
 write = dense.write_tensors
