@@ -179,8 +179,47 @@ class Run:
 
     @property
     def stderr(self) -> xr.DataArray:
-        """Standard errors of the influence, where a method estimates them; none does yet."""
-        raise NotStored(f"run {self.id} has no stderr; methods that sample (bif) store it, and none of {', '.join(self.methods)} does")
+        """Standard errors (method, query, train) of the influence, float32, lazily; over the models of an ensemble.
+
+        Raises:
+            NotStored: nothing of the run has an error estimate.
+        """
+        if "stderr" not in self._results:
+            known = ", ".join(self.methods)
+            raise NotStored(f"run {self.id} has no stderr; ensemble = 2 or more, and methods that sample (bif), store it (it has {known})")
+        return Scores(self._results["stderr"])
+
+    def member(self, member: int) -> xr.DataArray:
+        """Scores (method, query, train) of one model of an ensemble, counted from 0, float32, lazily; run.influence is their mean.
+
+        Raises:
+            InputError: the run has no such member.
+        """
+        count = int(self.manifest.get("config", {}).get("ensemble", 1))
+        if count == 1 or not 0 <= member < count:
+            has = f"it has {count}, counted from 0" if count > 1 else "it is no ensemble; see `ensemble` in the configuration"
+            raise InputError(f"run {self.id} has no member {member}; {has}")
+        return Scores(_with_labels(_lazy(self._open_group("members", str(member), "results.zarr")))["influence"])
+
+    def solve(self, method: str, segment: int = 0) -> xr.Dataset:
+        """How an iterative method's solve went: residual (step, query), relative, and evaluations (step,), products spent per query.
+
+        segment: of methods that solve once per segment of the training.
+
+        Raises:
+            NotStored: the method did not solve iteratively.
+        """
+        names = self.manifest.get("solves", {})
+        if method not in names:
+            raise NotStored(f"run {self.id} has no solve of {method!r}; cg, sni, astra and astra_source store it (it has {', '.join(names)})")
+        url = location.join(self.url, "solves.zarr")
+        group = location.open_group(url)
+        schema.check_version(group.attrs, url)
+        folder = group.get(f"{method}/{segment}")
+        if not isinstance(folder, zarr.Group):
+            raise NotStored(f"run {self.id} has no solve {segment} of {method!r}")
+        schema.validate(group, [f"{method}/{segment}/{name}" for name in ("residual", "evaluations")])
+        return _lazy(folder)
 
     @property
     def trajectories(self) -> xr.Dataset:
@@ -240,12 +279,10 @@ class Run:
         present = set(group.array_keys())
         required = {"influence", "method", "query", "train"}
         schema.validate(group, sorted(required | (present & set(schema.SPECS))))
-        data = _lazy(group)
-        # Plain strings: pandas and xarray select by them, whatever NumPy's string type of the day is.
-        data = data.assign_coords(method=[str(label) for label in data["method"].to_numpy()])
+        data = _with_labels(_lazy(group))
         labels = [name for name in ("query_label", "train_label") if name in data]
         described = {key: self.manifest[key] for key in ("units", "damping", "measurement") if key in self.manifest}
-        for name in ("influence", "self_influence"):
+        for name in ("influence", "self_influence", "stderr"):
             if name in data:
                 data[name].attrs.update(described)
         return data.set_coords(labels)
@@ -283,6 +320,11 @@ def ranking(scores: np.ndarray[Any, Any], *, kind: Kind, better: Literal["lower"
 def _lazy(group: zarr.Group) -> xr.Dataset:
     """A group's arrays, of which only coordinates along their own dim are read now; attributes and numbers as they are stored."""
     return xr.open_dataset(xr.backends.ZarrStore(group, mode="r"), decode_cf=False, chunks=None)
+
+
+def _with_labels(data: xr.Dataset) -> xr.Dataset:
+    """Methods as plain strings: pandas and xarray select by them, whatever NumPy's string type of the day is."""
+    return data.assign_coords(method=[str(label) for label in data["method"].to_numpy()])
 
 
 def _spectra(run: Run, fingerprint: str, prefix: str) -> xr.Dataset:
