@@ -38,6 +38,8 @@ from tda.solvers.operator import Curvature, Operator
 ROWS = 256
 #: Eigenvectors are stored in square chunks of at most so many rows: 32 MiB.
 CHUNK = 2048
+#: A GGN's eigenvalue below minus this share of the largest is no rounding.
+CONVEX = 1e-9
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,20 @@ def decompose_tasks(job: DenseJob) -> list[tuple[DenseJob, int]]:
 
 
 def decompose(task: tuple[DenseJob, int]) -> dict[str, Any]:
-    """Eigendecompose one diagonal block, and write its spectrum."""
+    """Eigendecompose one diagonal block, and write its spectrum.
+
+    Raises InputError where a GGN has negative eigenvalues: the likelihood's output Hessian is not that of a convex loss.
+    """
     job, diagonal = task
     started = time.perf_counter()
     if not _done(job, _receipt(job, diagonal)):
         _operator.cache_clear()
         values, vectors = spectrum.decompose(_matrix(job, diagonal), overwrite=True)
+        if spectrum.is_psd(job.curvature) and float(values[0]) < -CONVEX * float(values.abs().max()):
+            raise InputError(
+                f"the {job.curvature} has the eigenvalue {float(values[0]):g}, so the likelihood's hessian_product is of no convex loss; "
+                'mend it, or use the method "hessian"'
+            )
         group = location.open_group(job.zarr, "r+")
         _array(group, diagonal, "spectrum")[...] = values.numpy()
         _array(group, diagonal, "eigenvectors")[...] = vectors.T.numpy()

@@ -203,3 +203,14 @@ def test_an_example_whose_loss_is_not_finite_is_named(tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match="the loss of train example 17 is nan"):
         dense.rows(dense.row_tasks(job)[0])
     assert not [name for name in objects(job.url) if name.endswith(".safetensors")]
+
+
+def test_a_likelihood_that_is_not_convex_is_refused(job: DenseJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense.create(job)
+    likelihood = type(open_subject(job.subject).attributed.problem.likelihood)
+    product = likelihood.hessian_product
+    monkeypatch.setattr(likelihood, "hessian_product", lambda *arguments: -product(*arguments))
+    for task in dense.row_tasks(job):
+        dense.rows(task)
+    with pytest.raises(InputError, match=r"the ggn has the eigenvalue -\d.* is of no convex loss"):
+        dense.decompose(dense.decompose_tasks(job)[0])
