@@ -84,7 +84,8 @@ def write_results(url: str, study: Study, points: Sequence[Point], jobs: Sequenc
         whole = np.full((len(points), *np.max(shapes, 0).tolist()), np.nan)
         for i, each in enumerate(found):
             if each is not None:
-                whole[(i, *(slice(n) for n in each[name].shape))] = each[name]
+                some: Any = (i, *(slice(n) for n in each[name].shape))
+                whole[some] = each[name]
         _write(group, name, _widened(whole, name, layers))
     location.seal(location.join(url, "results.zarr"))
     schema.validate(group, sorted(group.array_keys()))
