@@ -160,7 +160,16 @@ _SOLVES = (
     ArraySpec("evaluations", ("step",), ("float64",), "products with one example's curvature, per query, until then", fill=_NAN),
 )
 
-SPECS: Mapping[str, ArraySpec] = {spec.name: spec for spec in (*_RESULTS, *_SOLVES, *_STUDIES, *_FACTORS, *_SPECTRA)}
+# One group per ground truth: what models retrained on subsets measure.
+_RETRAINING = (
+    ArraySpec("masks", ("alpha", "subset", "train"), ("bool",), "whether a training example is in a subset", fill=False),
+    ArraySpec(
+        "measurement", ("alpha", "subset", "seed", "query"), _WIDE, "measurement f_q of the model retrained on a subset", UNITS, fill=_NAN
+    ),
+    ArraySpec("training_seed", ("alpha", "subset", "seed"), _INTEGER, "seed of a retraining: of its weights and of its batches", fill=-1),
+)
+
+SPECS: Mapping[str, ArraySpec] = {spec.name: spec for spec in (*_RESULTS, *_SOLVES, *_RETRAINING, *_STUDIES, *_FACTORS, *_SPECTRA)}
 
 
 def create_array(

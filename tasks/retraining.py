@@ -1,0 +1,265 @@
+"""Ground truth: a problem retrained on many subsets of its training set, and what the retrained models measure on the queries.
+
+    truth.zarr/masks, training_seed, alpha    which examples each subset has, and the seed of every retraining
+    truth.zarr/measurement                    (alpha, subset, seed, query)
+    receipts/<alpha>-<subset>-<seed>.json     one per task, written after its chunk; gone when all is done
+    complete.json                             last
+
+It depends on the problem, its data and the numbers of the job alone, so every method ever compared reuses it. A task trains up to STACK
+models at once where the problem's models can be stacked, and a single one where they cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from infra import storage
+from tasks import layout
+from tasks.subject import DTYPES
+from tda import location, schema
+from tda.data import digest
+from tda.errors import InputError, cause
+from tda.evaluation import subsets
+from tda.evaluation.retraining import STACK, retrained
+from tda.evaluation.stacked import unstackable
+from tda.fingerprint import fingerprint
+from tda.problem import Problem, can_fit, load_problem, problem_digest
+
+
+@dataclass(frozen=True)
+class RetrainJob:
+    """What is retrained. options: JSON of the problem's; dtype: "auto", "float32" or "float64".
+
+    alphas, subsets, seeds: shares of the training set, subsets of each and models per subset; seed: what all of them are drawn from.
+    source: the problem's digest when the job was planned. alone: why models are trained one by one; empty where they are stacked.
+    """
+
+    url: str
+    problem: str
+    options: str
+    alphas: tuple[float, ...]
+    subsets: int
+    seeds: int
+    seed: int = 0
+    dtype: str = "auto"
+    source: str = ""
+    alone: str = ""
+
+    @property
+    def chunk(self) -> tuple[int, int]:
+        """Subsets and seeds of one task."""
+        if self.alone:
+            return 1, 1
+        return max(1, min(self.subsets, STACK // self.seeds)), min(self.seeds, STACK)
+
+    @property
+    def models(self) -> int:
+        """How many models are trained in all."""
+        return len(self.alphas) * self.subsets * self.seeds
+
+    @property
+    def zarr(self) -> str:
+        """The group of the arrays."""
+        return location.join(self.url, "truth.zarr")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One task: a stored chunk of the measurements, that of `job.alphas[alpha]`, its subsets and its seeds."""
+
+    job: RetrainJob
+    alpha: int
+    subset: int
+    seed: int
+
+    @property
+    def subsets(self) -> range:
+        """Which subsets."""
+        return range(self.subset, min(self.subset + self.job.chunk[0], self.job.subsets))
+
+    @property
+    def seeds(self) -> range:
+        """Which repeats of each."""
+        return range(self.seed, min(self.seed + self.job.chunk[1], self.job.seeds))
+
+    @property
+    def where(self) -> tuple[int, slice, slice]:
+        """Its place in the array."""
+        return self.alpha, slice(self.subsets.start, self.subsets.stop), slice(self.seeds.start, self.seeds.stop)
+
+    @property
+    def receipt(self) -> str:
+        """What says that it is done."""
+        return location.join(self.job.url, "receipts", f"{self.alpha:03d}-{self.subset:06d}-{self.seed:06d}.json")
+
+
+def plan(store: str, job: RetrainJob) -> RetrainJob:
+    """The job with its place in the store, the problem's digest, and whether models are stacked (tried on two of them); `url` is ignored.
+
+    Raises:
+        InputError: the problem cannot fit, a number is out of range, or the data are not fit to train on.
+    """
+    problem = load_problem(job.problem, json.loads(job.options))
+    train, query = problem.train_data(), problem.query_data()
+    _check(job, problem, len(train))
+    data = [digest(problem, dataset, split)[0] for dataset, split in ((train, "train"), (query, "query"))]
+    source = problem_digest(job.problem, json.loads(job.options))
+    numbers = {"alphas": job.alphas, "subsets": job.subsets, "seeds": job.seeds, "seed": job.seed, "dtype": job.dtype}
+    url = layout.artifact(store, "retraining", fingerprint("retraining", problem=source, data=data, **numbers))
+    created = location.join(url, "created.json")
+    # How it is cut into chunks was settled by who began it.
+    alone = location.read_json(created)["alone"] if location.exists(created) else unstackable(problem, train, dtype=_dtype(job))
+    return replace(job, url=url, source=source, alone=alone)
+
+
+def _check(job: RetrainJob, problem: Problem, examples: int) -> None:
+    if not can_fit(problem):
+        raise InputError(f"problem {job.problem!r} has neither fit nor recipe: it cannot be retrained; define one of them")
+    if not job.alphas or len(set(job.alphas)) < len(job.alphas):
+        raise InputError(f"alphas must be different numbers, at least one; got {list(job.alphas)}")
+    for alpha in job.alphas:
+        subsets.subset_size(examples, alpha)
+    if job.subsets < 3:
+        raise InputError(f"subsets must be at least 3 for a rank correlation over them, got {job.subsets}")
+    if job.seeds < 1:
+        raise InputError(f"seeds must be at least 1, got {job.seeds}")
+
+
+def _dtype(job: RetrainJob) -> torch.dtype | None:
+    return None if job.dtype == "auto" else DTYPES[job.dtype]
+
+
+@lru_cache(maxsize=1)
+def _opened(problem: str, options: str, source: str) -> tuple[Problem, Any, Any]:
+    if source and problem_digest(problem, json.loads(options)) != source:
+        raise InputError(
+            f"problem {problem!r} is not the one that the retraining was planned with: it was edited meanwhile, "
+            "or a worker has another version of it, of tda or of torch; make them the same and start again"
+        )
+    found = load_problem(problem, json.loads(options))
+    return found, found.train_data(), found.query_data()
+
+
+def create(job: RetrainJob) -> None:
+    """Create the arrays, and write masks and seeds; called once, before any task writes."""
+    created = location.join(job.url, "created.json")
+    if location.exists(created):
+        return
+    _, train, query = _opened(job.problem, job.options, job.source)
+    shape = (len(job.alphas), job.subsets, job.seeds)
+    group = location.open_group(job.zarr, "a")
+    group.attrs.update({"schema_version": schema.SCHEMA_VERSION, "alone": job.alone})
+    layout.ensure_array(group, "measurement", (*shape, len(query)), (1, *job.chunk, len(query)))
+    masks = np.stack([subsets.masks(len(train), alpha, job.subsets, job.seed) for alpha in job.alphas])
+    for name, values in {"masks": masks, "training_seed": _seeds(job), "alpha": np.array(job.alphas)}.items():
+        array = layout.ensure_array(group, name, values.shape)
+        array[...] = values
+    location.seal(job.zarr)
+    storage.write_json(created, {"alone": job.alone})
+
+
+def _seeds(job: RetrainJob) -> np.ndarray:
+    rows = [[[subsets.training_seed(job.seed, a, s, r) for r in range(job.seeds)] for s in range(job.subsets)] for a in job.alphas]
+    return np.array(rows, np.int64)
+
+
+def pieces(job: RetrainJob) -> list[Piece]:
+    """All tasks."""
+    subset, seed = job.chunk
+    return [Piece(job, a, s, r) for a in range(len(job.alphas)) for s in range(0, job.subsets, subset) for r in range(0, job.seeds, seed)]
+
+
+def retrain_piece(piece: Piece) -> dict[str, Any]:
+    """Train a piece's models and write what they measure, then the receipt.
+
+    Raises:
+        InputError: a measurement is not finite; the query, the subset and the seed are named.
+    """
+    started, job = time.perf_counter(), piece.job
+    if location.exists(piece.receipt) or layout.is_complete(job.url):
+        return {"seconds": 0.0, "models": 0}
+    problem, train, query = _opened(job.problem, job.options, job.source)
+    group: Any = location.open_group(job.zarr, "r+")
+    chosen, seeds = np.asarray(group["masks"][piece.where[:2]]), np.asarray(group["training_seed"][piece.where])
+    ids = [np.flatnonzero(mask).tolist() for mask in chosen for _ in piece.seeds]
+    found = retrained(problem, train, query, ids, seeds.ravel().tolist(), dtype=_dtype(job), stacked=not job.alone)
+    measured = found.view(*seeds.shape, -1).numpy()
+    _check_finite(piece, measured)
+    group["measurement"][piece.where] = measured
+    told = {"seconds": time.perf_counter() - started, "models": len(ids)}
+    storage.write_json(piece.receipt, told)
+    return told
+
+
+def _check_finite(piece: Piece, measured: np.ndarray) -> None:
+    bad = np.argwhere(~np.isfinite(measured))
+    if len(bad):
+        subset, seed, query = (int(i) for i in bad[0])
+        raise InputError(
+            f"the measurement of query {query} is {measured[subset, seed, query]} after retraining on subset {piece.subsets[subset]} of "
+            f"alpha = {piece.job.alphas[piece.alpha]} with repeat {piece.seeds[seed]} (queries with such values: {len(set(bad[:, 2]))}); "
+            "training diverged, or the measurement has no value there: mend one of them or leave the query out"
+        )
+
+
+def finish(job: RetrainJob) -> dict[str, Any]:
+    """Read every chunk back, write the completion marker, drop the receipts.
+
+    Where a value is missing or a chunk damaged, its receipt is deleted, so that the same command trains it again, and an
+    ArithmeticError says so.
+    """
+    started = time.perf_counter()
+    if not layout.is_complete(job.url):
+        group: Any = location.open_group(job.zarr, "r")
+        schema.validate(group, ["masks", "measurement", "training_seed", "alpha"])
+        wrong = [(piece, said) for piece in pieces(job) if (said := _wrong(group["measurement"], piece.where))]
+        for piece, _ in wrong:
+            storage.delete(piece.receipt)
+        if wrong:
+            piece, said = wrong[0]
+            raise ArithmeticError(
+                f"measurement after retraining, alpha {job.alphas[piece.alpha]}, subsets {piece.subsets.start}..{piece.subsets.stop - 1}: "
+                f"{said} ({len(wrong)} such chunks); the next try trains them again"
+            )
+        storage.sweep(job.url)
+        storage.create_once(location.join(job.url, "complete.json"), json.dumps({"models": job.models, "alone": job.alone}).encode())
+        storage.delete_tree(location.join(job.url, "receipts"))
+    return {"seconds": time.perf_counter() - started}
+
+
+def _wrong(array: Any, where: tuple[Any, ...]) -> str:
+    """What is wrong with a part of an array; empty where nothing is."""
+    try:
+        return "" if np.isfinite(array[where]).all() else "a value is missing or not finite"
+    except (InputError, OSError):  # the store's trouble, not the chunk's
+        raise
+    except Exception as error:  # noqa: BLE001  (a damaged chunk may raise anything that its codecs do)
+        return f"cannot be read ({cause(error)})"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A ground truth in memory: masks (alpha, subset, train) bool, measurement (alpha, subset, seed, query), alphas (alpha,)."""
+
+    alphas: Sequence[float]
+    masks: np.ndarray
+    measurement: np.ndarray
+    training_seed: np.ndarray
+
+
+def load_truth(url: str) -> Truth:
+    """A completed ground truth; InputError where it is not complete."""
+    if not layout.is_complete(url):
+        raise InputError(f"retraining {url} is not complete; run the command that began it again")
+    group: Any = location.open_group(location.join(url, "truth.zarr"), "r")
+    schema.validate(group, ["masks", "measurement", "training_seed", "alpha"])
+    masks, measurement, seeds = (np.asarray(group[name][...]) for name in ("masks", "measurement", "training_seed"))
+    return Truth(tuple(float(alpha) for alpha in group["alpha"][...]), masks, measurement, seeds)
