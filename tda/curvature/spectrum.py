@@ -187,10 +187,10 @@ def check_memory(blocks: Sequence[Block], kind: Curvature, limit: int) -> None:
         other = {"block_ggn": 'name = "ekfac", or all layers together with name = "cg", curvature = "ggn"'}
         instead = other.get(kind, f'name = "cg", curvature = "{kind}"')
         raise InputError(
-            f"{kind} of {size:,} parameters takes {_gib(needed)} in dense matrices, above memory_limit = {_gib(limit)}; "
-            f"raise it, `exclude` layers, or use {instead}, which form no matrix"
+            f"{kind} of {size:,} parameters takes {_size(needed)} in dense matrices, above memory_limit = {_size(limit)}; "
+            f"raise it, `exclude` layers, or, forming no such matrix, use {instead}"
         )
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
