@@ -109,10 +109,11 @@ def test_the_configuration_page_has_every_key_and_its_example_loads(tmp_path):
     file.write_text(example)
     config = load_config(file)
     stated = tomllib.loads(example)
-    for key in ("seed", "dtype", "products", "modules", "exclude", "self_influence"):  # shown with their defaults
+    for key in ("seed", "dtype", "products", "modules", "exclude", "self_influence", "ensemble"):  # shown with their defaults
         assert stated[key] == RunConfig.model_fields[key].default
     assert config.cluster == ClusterConfig()
-    documented = set(re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE))
+    pages = page.read_text() + (ROOT / "docs" / "methods.md").read_text()
+    documented = set(re.findall(r"^\| `(\w+)` \|", pages, re.MULTILINE))
     options = {name for method in METHODS.values() for name in method.model_fields} - {"name"}
     settings = {f"TDA_{name.upper()}" for name in Settings.model_fields}
     assert documented >= {*RunConfig.model_fields, *ClusterConfig.model_fields, *METHODS, *options, *settings}

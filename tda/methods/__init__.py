@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tda.errors import InputError
+from tda.methods.astra_source import AstraSource
 from tda.methods.ekfac import EKFAC
 from tda.methods.gradcos import GradCos
 from tda.methods.graddot import GradDot
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "astra": Astra,
     "source": Source,
     "fast_source": FastSource,
+    "astra_source": AstraSource,
 }
 
 

@@ -66,11 +66,13 @@ class Tiny(tda.Problem):
     def fit(self, model, dataset, *, seed, on_checkpoint):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        for i in order.tolist():
+        for step, i in enumerate(order.tolist(), 1):
             x, y = dataset.x[i], dataset.y[i]
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[None].to(next(model.parameters()).dtype)), y[None]).backward()
             optimizer.step()
+            if step % 3 == 0 or step == len(order):
+                on_checkpoint(model=model, learning_rate=0.1, step=step)
 """
 
 CONFIG = """
