@@ -13,15 +13,12 @@ from tda import location
 from tda.errors import InputError
 from tests.flows.runs import PROBLEM, objects, write_config
 
-REPORTING = PROBLEM.replace(
-    "            optimizer.step()\n",
-    "            optimizer.step()\n            done = getattr(self, 'done', 0) + 1\n            self.done = done\n"
-    "            on_checkpoint(model=model, learning_rate=0.1, step=done, weight_decay=0.01)\n",
-)
+SILENT = PROBLEM.replace("on_checkpoint(model=model, learning_rate=0.1, step=step)", "pass")
+MANY = '{"examples": 120}'
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path: Path) -> None:
-    subject = reporting(tmp_path / "config", PROBLEM)
+    subject = made(tmp_path / "config", SILENT)
     found = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         training.train((subject, seed, f"file://{tmp_path}/{name}"))
@@ -32,7 +29,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path: P
 
 
 def test_what_is_complete_is_not_trained_again_and_what_is_half_done_is(tmp_path: Path) -> None:
-    subject = reporting(tmp_path / "config", PROBLEM)
+    subject = made(tmp_path / "config")
     url, folder = f"file://{tmp_path}/artifact", tmp_path / "artifact"
     training.train((subject, 0, url))
     whole = objects(url)
@@ -44,18 +41,18 @@ def test_what_is_complete_is_not_trained_again_and_what_is_half_done_is(tmp_path
     assert objects(url) == whole
 
 
-def reporting(folder: Path, problem: str = REPORTING) -> Subject:
+def made(folder: Path, problem: str = PROBLEM) -> Subject:
     write_config(folder, problem=problem)
     return Subject(f"{folder}/tiny.py:Tiny", "{}", "", ("*",), (), "auto")
 
 
 def test_checkpoints_on_the_way_are_kept_with_their_trajectory(tmp_path: Path) -> None:
-    subject, url = reporting(tmp_path), f"file://{tmp_path}/artifact"
-    training.train((replace(subject, options='{"examples": 60}'), 0, url))
+    subject, url = made(tmp_path), f"file://{tmp_path}/artifact"
+    training.train((replace(subject, options=MANY), 0, url))
     found = training.read_trajectory(f"{url}/weights.safetensors")
     assert found.whole
     steps = [saved.step for saved in found.saved]
-    assert steps == list(range(0, 61, 4))
+    assert steps == list(range(0, 121, 6))
     assert [saved.time for saved in found.saved] == pytest.approx([0.1 * step for step in steps])
     assert {name for name in objects(url) if name.startswith("steps/")} == {saved.name for saved in found.saved}
     last, whole = (read_checkpoint(f"{url}/{name}") for name in (found.saved[-1].name, "weights.safetensors"))
@@ -66,35 +63,35 @@ def test_checkpoints_on_the_way_are_kept_with_their_trajectory(tmp_path: Path) -
 
 
 def test_a_training_that_was_killed_and_starts_again_leaves_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject, undisturbed, url = (reporting(tmp_path), *(f"file://{tmp_path}/{name}" for name in ("undisturbed", "killed")))
-    training.train((replace(subject, options='{"examples": 60}'), 0, undisturbed))
+    subject, undisturbed, url = (made(tmp_path), *(f"file://{tmp_path}/{name}" for name in ("undisturbed", "killed")))
+    training.train((replace(subject, options=MANY), 0, undisturbed))
     written, write = [], training.storage.write_bytes
 
     def killed(*arguments: object) -> None:
-        if len(written) == 20:
+        if len(written) == 25:
             raise KeyboardInterrupt
         written.append(arguments)
         write(*arguments)
 
     monkeypatch.setattr(training.storage, "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
-        training.train((replace(subject, options='{"examples": 60}'), 0, url))
+        training.train((replace(subject, options=MANY), 0, url))
     monkeypatch.undo()
     left = objects(url)
     assert "complete.json" not in left
-    training.train((replace(subject, options='{"examples": 60}'), 0, url))
+    training.train((replace(subject, options=MANY), 0, url))
     assert digests(url) == digests(undisturbed)
 
 
 def test_a_trajectory_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
-    subject, url = reporting(tmp_path, PROBLEM), f"file://{tmp_path}/artifact"
+    subject, url = made(tmp_path, SILENT), f"file://{tmp_path}/artifact"
     training.train((subject, 0, url))
     with pytest.raises(InputError, match=r"source needs the training's checkpoints.*artifact/weights.safetensors; leave `checkpoint` out"):
         training.read_trajectory(f"{url}/weights.safetensors")
 
 
 def test_a_report_that_makes_no_sense_ends_the_training(tmp_path: Path) -> None:
-    subject = reporting(tmp_path, REPORTING.replace("learning_rate=0.1", "learning_rate=-1"))
+    subject = made(tmp_path, PROBLEM.replace("learning_rate=0.1", "learning_rate=-1"))
     with pytest.raises(InputError, match="learning_rate=-1"):
         training.train((subject, 0, f"file://{tmp_path}/artifact"))
 
