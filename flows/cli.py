@@ -96,6 +96,33 @@ def run(
 
 
 @app.command()
+def decompose(
+    config: Annotated[str, typer.Argument(help="The study's TOML file.", metavar="CONFIG")],
+    store: Annotated[str | None, typer.Option(help="Store results here instead.", metavar="URL")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file.", metavar="KEY=VALUE")] = None,
+) -> None:
+    """Study the curvature ladder, from the Hessian to K-FAC: what each step costs; resumes what an earlier try left."""
+    from flows.study import load_study
+
+    parsed = load_study(config, overrides or [], store)
+
+    from infra.settings import quiet_prefect
+
+    quiet_prefect()
+    from flows.decompose import decompose_study
+
+    same = ["tda", "decompose", config, *(["--store", store] if store else [])]
+    same += [word for each in overrides or [] for word in ("--set", each)]
+    done = decompose_study(parsed, shlex.join(same))
+    typer.echo(f"study    {done.study_id}")
+    typer.echo(f"points   {done.points} measured ({done.reused} of them reused), {len(done.refused)} left out")
+    for line in done.refused:
+        typer.echo(f"         {line}")
+    typer.echo(f"report   {_readable(done.report_url)}")
+    typer.echo(f'open     import tda; study = tda.open_study("{_readable(done.store)}", "{done.study_id}")')
+
+
+@app.command()
 def runs(store: Store = DEFAULT_STORE) -> None:
     """List the runs of a store, newest first."""
     from flows.tables import cell, print_table

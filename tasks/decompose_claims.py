@@ -66,7 +66,7 @@ def _versus(data: xr.Dataset, option: str, values: xr.DataArray, said: str, *, g
     pairs = [(min(group), max(group)) for group in groups.values() if len(group) > 1]
     if not pairs:
         return Claim(said, f"no two points differ in {option} alone", None)
-    right = np.array([(last[1] > first[1]) == grows for first, last in pairs])
+    right = np.array([last[1] > first[1] if grows else last[1] < first[1] for first, last in pairs])
     told = "; ".join(f"{number(first[1], 2)} at {first[0]:g}, {number(last[1], 2)} at {last[0]:g}" for first, last in pairs[:3])
     rest = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
     return Claim(said, f"in {right.sum()} of {len(right)} comparisons ({told}{rest})", _all(right))

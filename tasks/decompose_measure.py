@@ -44,7 +44,7 @@ def measure(job: PointJob) -> dict[str, Any]:
         found |= _layers(rungs, job.parsed(), [block.size for block in opened.attributed.blocks])
         found |= _state(rungs[0], opened, job) | _agreement(rungs, opened, job)
         found["spectrum_curve"] = torch.stack([_curve(rung.values) for rung in rungs])
-        found["kept"] = torch.tensor([[float((r.inverted(i) != 0).double().mean()) for r in rungs] for i in job.parsed()]).double()
+        found["kept"] = torch.stack([torch.stack([(r.inverted(i) != 0).double().mean() for r in rungs]) for i in job.parsed()])
         write_tensors(location.join(job.url, "numbers.safetensors"), found)
         storage.write_json(location.join(job.url, "complete.json"), {"arrays": sorted(found)})
     return {"seconds": time.perf_counter() - started}
@@ -105,7 +105,8 @@ def _state(hessian: Rung, opened: Opened, job: PointJob) -> dict[str, Tensor]:
 def _agreement(rungs: Sequence[Rung], opened: Opened, job: PointJob) -> dict[str, Tensor]:
     """Mean over queries of the rank correlation, over training examples, of each rung's scores with the Hessian's."""
     found = [scores.numpy() for scores in ladder_influence(rungs, opened, job)]
-    return {"agreement": torch.tensor([[float(spearman(a, b).mean()) for a, b in zip(found[0], rung, strict=True)] for rung in found]).T}
+    agreement = [[spearman(a, b).mean() for a, b in zip(found[0], rung, strict=True)] for rung in found]
+    return {"agreement": torch.from_numpy(np.array(agreement, np.float64).T.copy())}
 
 
 def ladder_influence(rungs: Sequence[Rung], opened: Opened, job: PointJob) -> list[Tensor]:

@@ -12,6 +12,7 @@ from tda.recipe import Recipe
 
 if TYPE_CHECKING:
     from tda.results import list_runs, open_run
+    from tda.study import open_study
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "list_runs",
     "margin",
     "open_run",
+    "open_study",
 ]
 
 
@@ -38,4 +40,8 @@ def __getattr__(name: str) -> Any:
         from tda import results
 
         return getattr(results, name)
+    if name == "open_study":
+        from tda.study import open_study
+
+        return open_study
     raise AttributeError(f"module 'tda' has no attribute {name!r}")

@@ -9,7 +9,8 @@ from infra.cluster import ClusterSpec
 from tda.errors import InputError
 
 GOOD = 'problem = "tda.problems.digits:Digits"\n{}\n[[methods]]\nname = "ekfac"\n{}\n'
-EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").glob("*.toml"))
+FOLDER = Path(__file__).parents[2] / "docs" / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.toml") if not path.stem.startswith("ladder-"))
 
 
 def write(folder: Path, top: str = "", below: str = "") -> Path:
