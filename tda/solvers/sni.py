@@ -1,0 +1,66 @@
+"""Stochastic Neumann iterations, also known as LiSSA (Agarwal et al. 2017; Koh & Liang 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tda.solvers.descent import Descent, descend, safe_step
+from tda.solvers.system import OnStep, Solution, State, System, Trace, lengths
+
+
+def neumann(  # noqa: PLR0913  # each is an option of its own
+    system: System,
+    *,
+    step_size: float | None = None,
+    max_steps: int = 1000,
+    tolerance: float = 1e-3,
+    batch_size: int | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+    state: State | None = None,
+    on_step: OnStep | None = None,
+) -> Solution:
+    """x_{j+1} = x_j + alpha (b - (C_B + damping) x_j) from x_0 = 0, B a fresh mini-batch of `batch_size`, or all examples (None).
+
+    J full-batch steps are the filter (1 - (1 - alpha (s + damping))^J) / (s + damping) of the eigenvalues s: stopping acts as extra
+    damping of about 1 / (alpha J). step_size: alpha; None: 1 / (1.05 (sigma_max + damping)), by Lanczos' iteration. repeats: runs on
+    mini-batches of their own, averaged; full batches have no noise to average, and one run. tolerance, state and on_step as in
+    `conjugate_gradients`; max_steps: of each run.
+    Raises InputError where it diverges, naming the step and a step size that would do.
+    """
+    full = batch_size is None or batch_size >= system.examples
+    repeats = 1 if full else repeats
+    spent = 0.0
+    if state is not None:
+        step_size = float(state["step_size"])
+    elif step_size is None:
+        step_size, spent = safe_step(system, None, batch_size, seed)
+    alpha = step_size
+    run = 0 if state is None else int(state["run"])
+    before = torch.zeros_like(system.right) if state is None else state["before"]
+    own = None if state is None else {name: t for name, t in state.items() if name not in ("run", "before", "step_size")}
+    while True:
+
+        def keep(inner: State, run: int = run, before: torch.Tensor = before) -> None:
+            assert on_step is not None
+            kept = {"run": torch.tensor(run), "before": before, "step_size": torch.tensor(alpha, dtype=torch.float64)}
+            on_step({**inner, **kept})
+
+        plan = Descent("sni", lambda _: alpha, 0.0, batch_size, max_steps, seed, run * max_steps)
+        start = torch.zeros_like(system.right)
+        found = descend(system, plan, None, start, spent=spent, tolerance=tolerance, state=own, on_step=None if on_step is None else keep)
+        spent, own = float(found.evaluations[-1]), None
+        if repeats == 1:
+            return found
+        before, run = before + found.x, run + 1
+        if run == repeats:
+            return _averaged(system, replace(found, x=before / repeats), tolerance)
+
+
+def _averaged(system: System, found: Solution, tolerance: float) -> Solution:
+    """The solution with the residuals of the runs' mean."""
+    trace = Trace(list(found.residuals), found.evaluations.tolist())
+    trace.add(lengths(system.residual(found.x)) / system.scale, trace.evaluations[-1] + system.examples)
+    return trace.solution(found.x, found.steps, tolerance)
