@@ -13,8 +13,10 @@ from tda.data import batches, load_batch
 from tda.evaluation.stacked import fit_stack
 from tda.problem import Batch, Problem
 
-#: So many models are trained at once: fewer leave time to Python, more leave the cache (measured on the digits' MLP: docs/evaluation.md).
+#: So many models are trained at once: fewer leave time to Python, more leave the cache (python -m tests.benchmarks.lds --timing).
 STACK = 64
+#: Numbers of stacked parameters: large models are trained fewer at once.
+NUMBERS = 1 << 24
 #: Queries measured at a time.
 BATCH = 256
 
@@ -68,16 +70,19 @@ def retrained(
 ) -> Tensor:
     """Measurements after retraining on each subset with its seed, (model, query) float64.
 
-    stacked: train up to STACK models of subsets of one size at once, which needs `unstackable` to have nothing to say; else one by one,
+    stacked: train up to STACK models on subsets of one size at once, which needs `unstackable` to have nothing to say; else one by one,
     with the same numbers up to rounding.
     """
     if not stacked:
         each = zip(subsets, seeds, strict=True)
         return torch.stack([measure(problem, retrain(problem, dataset, ids, seed, dtype=dtype), queries) for ids, seed in each])
+    with torch.random.fork_rng(devices=[]):
+        parameters = sum(parameter.numel() for parameter in problem.model().parameters())
+    count = max(1, min(STACK, NUMBERS // parameters))
     found: list[Tensor] = [torch.empty(0)] * len(subsets)
     for size in sorted({len(ids) for ids in subsets}):
         places = [place for place, ids in enumerate(subsets) if len(ids) == size]
-        for some in batches(places, STACK):
+        for some in batches(places, count):
             part = measure_stack(problem, dataset, queries, [subsets[p] for p in some], [seeds[p] for p in some], dtype=dtype)
             for place, values in zip(some, part, strict=True):
                 found[place] = values

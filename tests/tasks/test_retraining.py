@@ -16,7 +16,7 @@ from tda.evaluation.subsets import masks
 from tda.problem import load_problem
 from tests.flows.runs import objects
 
-# Two hidden layers would do as well: 40 examples, 5 queries, and a training of a few milliseconds.
+# 40 examples, 5 queries, and a training of a few milliseconds.
 PROBLEM = """
 import torch
 from torch import nn

@@ -152,7 +152,9 @@ def test_a_fit_of_the_problems_own_is_never_replaced_by_the_recipe():
     assert "defines its own fit" in unstackable(problem, problem.train_data())
 
 
-def test_measurements_come_back_in_the_order_of_the_subsets_whatever_their_sizes():
+@pytest.mark.parametrize("numbers", [1 << 24, 100, 1])
+def test_measurements_come_back_in_the_order_of_the_subsets_however_many_go_at_once(numbers, monkeypatch):
+    monkeypatch.setattr("tda.evaluation.retraining.NUMBERS", numbers)
     problem = Small(mlp)
     train, queries = problem.train_data(), problem.query_data()
     ids = [*subsets(3, 12), *subsets(2, 19), *subsets(1, 12)]
