@@ -50,7 +50,7 @@ def test_an_ensemble_is_the_mean_of_its_members_with_a_standard_error(ensemble: 
 
 def test_a_member_is_what_a_run_with_its_seed_alone_is(ensemble: Run, cluster: str, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config", ENSEMBLE)
-    summary, alone = attribute(config, f"{tmp_path}/store", cluster, "seed=1", "ensemble=1")
+    _, alone = attribute(config, f"{tmp_path}/store", cluster, "seed=1", "ensemble=1")
     assert np.array_equal(alone.influence, ensemble.member(1))
     with pytest.raises(InputError, match="it is no ensemble"):
         alone.member(0)
