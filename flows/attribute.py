@@ -21,6 +21,7 @@ from tasks.factors import FactorJob
 from tasks.subject import Subject
 from tda import location, schema
 from tda.errors import InputError
+from tda.methods.sweep import expand
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
@@ -63,10 +64,10 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
     request = request_of(config)
     try:
         with embedded_api() as api:
-            inputs = _examine(request)
+            inputs = examine(request)
             with open_cluster(config.cluster.spec()) as client:
                 warming = stages.warm(client, request)
-                with api.used(), _given(Prepared(started, inputs, client)):
+                with api.used(), given(Prepared(started, inputs, client)):
                     del warming
                     return attribute(config.model_dump(mode="json"))
     except ShardFailed as error:
@@ -77,7 +78,7 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
         raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
 
 
-def _examine(request: prepare.Request) -> prepare.Inputs:
+def examine(request: prepare.Request) -> prepare.Inputs:
     """Look at everything that a user can get wrong; the store first, since reading all of the data may take long."""
     storage.check_store(request.store)
     _refuse_newer(request.store)
@@ -101,7 +102,7 @@ def request_of(config: RunConfig) -> prepare.Request:
         tuple(config.exclude),
         config.dtype,
     )
-    methods = tuple(json.dumps(table, sort_keys=True) for table in config.methods)
+    methods = tuple(json.dumps(swept.table, sort_keys=True) for swept in expand(config.methods))
     return prepare.Request(
         subject, location.resolve(config.store), config.seed, config.products, methods, config.batch_size, config.shard_size,
         config.query_block, config.self_influence, config.ensemble,
@@ -122,7 +123,8 @@ _PREPARED: ContextVar[Prepared] = ContextVar("prepared")
 
 
 @contextmanager
-def _given(prepared: Prepared) -> Iterator[None]:
+def given(prepared: Prepared) -> Iterator[None]:
+    """Let a flow started in the block use what is ready."""
     token = _PREPARED.set(prepared)
     try:
         yield
@@ -138,14 +140,14 @@ def _prepared(request: prepare.Request, cluster: ClusterSpec) -> Iterator[Prepar
         yield given
         return
     started = time.perf_counter()
-    inputs = _examine(request)
+    inputs = examine(request)
     with open_cluster(cluster) as client:
         yield Prepared(started, inputs, client)
 
 
 @flow(name="attribute", validate_parameters=False)
-def attribute(config: dict[str, Any]) -> RunSummary:
-    """Fit, score, publish. config: a RunConfig as JSON, so that a schedule can hold it."""
+def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
+    """Fit, score, publish. config: a RunConfig as JSON, so that a schedule can hold it. reuse: a finished run of the same will do."""
     from flows.config import RunConfig
 
     parsed = RunConfig.model_validate(config)
@@ -156,6 +158,10 @@ def attribute(config: dict[str, Any]) -> RunSummary:
         if not request.subject.checkpoint:
             reused["checkpoint"] = stages.train(request, inputs)
         decided = plan.plan(request, inputs)
+        if reuse and (finished := _finished(decided)):
+            progress.say(f"reused: run {finished}")
+            run_url = layout.run(request.store, finished)
+            return RunSummary(finished, run_url, location.join(run_url, "report.html"), request.store, ["run"])
         run_id, manifest, resumed = _claim(decided, config)
         run_url = layout.run(request.store, run_id)
         decided = decided.placed(run_url)
@@ -187,6 +193,23 @@ def attribute(config: dict[str, Any]) -> RunSummary:
         stages.finish(decided, run_url, manifest | found, ready.started)
     names = [name for name, was in reused.items() if was]
     return RunSummary(run_id, run_url, location.join(run_url, "report.html"), request.store, names)
+
+
+def _finished(decided: plan.Plan) -> str:
+    """The newest complete run with this fingerprint whose methods have these labels; empty where there is none."""
+    runs = location.join(decided.request.store, "runs")
+    names = location.list_names(runs)
+    found = zip(names, location.read_json_many([location.join(runs, n, "run.json") for n in names]), strict=True)
+    titles = [method.title for method in decided.methods]
+    same = [
+        (str(manifest["created"]), name)
+        for name, manifest in found
+        if manifest
+        and manifest.get("complete")
+        and manifest.get("fingerprints", {}).get("run") == decided.fingerprint
+        and manifest.get("methods") == titles
+    ]
+    return max(same)[1] if same else ""
 
 
 def _claim(decided: plan.Plan, config: dict[str, Any]) -> tuple[str, dict[str, Any], bool]:

@@ -6,9 +6,9 @@ import re
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, Literal, NoReturn, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from infra.cluster import ClusterSpec
@@ -22,6 +22,7 @@ PLAIN_WORDS = {  # what pydantic calls "Input should be a valid ..."
     "dict_type": "be a table",
     "greater_than_equal": "be at least {ge}",
     "int_type": "be a whole number",
+    "float_type": "be a number",
     "less_than": "be below {lt}",
     "list_type": "be a list",
     "model_type": "be a table",
@@ -75,6 +76,48 @@ class ClusterConfig(_Table):
         return ClusterSpec(**self.model_dump())
 
 
+class EvaluationConfig(_Table):
+    """The [evaluation] table: how `tda evaluate` retrains, and what it compares."""
+
+    alphas: Annotated[list[float], Field(min_length=1)] = [0.5]
+    """Shares of the training set in a subset."""
+    subsets: Annotated[int, Field(ge=3)] = 100
+    seeds: Count = 20
+    """Models per subset."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """What subsets, seeds of retraining, the split of the queries and the resamples are drawn from; not the run's."""
+    tuning_queries: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the queries by which a damping is chosen; the others are reported."""
+    draws: Annotated[int, Field(ge=100)] = 1000
+    """Resamples of the subsets behind each interval."""
+    leave_one_out: Annotated[int, Field(ge=0)] = 0
+    """So many training examples are left out one at a time."""
+    removal: list[float] = []
+    """Shares of the training set that are removed, the most helpful first, before retraining."""
+    removal_queries: Count = 10
+    retrainings: Count = 5
+    """Models per example left out, and per removal."""
+    randomised: bool = False
+    """Also score an untrained model, whose scores should differ."""
+
+    @field_validator("alphas", "removal")
+    @classmethod
+    def _shares_are_inside(cls, shares: list[float], info: ValidationInfo) -> list[float]:
+        for share in shares:
+            if not 0 < share < 1:
+                raise ValueError(f"evaluation.{info.field_name} must be shares of the training set in (0, 1), got {_shown(share)}")
+        if len(set(shares)) < len(shares):
+            raise ValueError(f"evaluation.{info.field_name} = {_shown(shares)} names a share twice; leave one of them out")
+        return shares
+
+    @field_validator("leave_one_out")
+    @classmethod
+    def _enough_are_left_out(cls, count: int) -> int:
+        if count in (1, 2):
+            raise ValueError(f"evaluation.leave_one_out must be at least 3 for a rank correlation over examples, or 0, got {count}")
+        return count
+
+
 class RunConfig(_Table):
     """Everything that a run is told. Paths are absolute once load_config has read them."""
 
@@ -99,7 +142,9 @@ class RunConfig(_Table):
     ensemble: Count = 1
     """Models that the run trains, with the seeds seed, seed + 1, ...; scores are averaged over them."""
     methods: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    """[[methods]] tables as written; tda.methods.parse_all has accepted them."""
+    """[[methods]] tables as written; tda.methods.parse_all has accepted them, each list of dampings as one method per value."""
+    evaluation: EvaluationConfig | None = None
+    """For `tda evaluate` alone; None: its defaults."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @field_validator("problem_options")
@@ -232,9 +277,10 @@ def _said(detail: ErrorDetails, key: str) -> str:
 def _known_keys(parents: Sequence[int | str]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for parent in parents:
-        inner = model.model_fields[str(parent)].annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            model = inner
+        annotation = model.model_fields[str(parent)].annotation
+        for inner in (annotation, *get_args(annotation)):  # a table that may be absent is a union with None
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                model = inner
     return list(model.model_fields)
 
 
@@ -256,11 +302,12 @@ def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConf
     """The configuration with its methods checked and its paths absolute."""
     from tda.location import resolve
     from tda.methods import parse_all
+    from tda.methods.sweep import expand
 
     folder = file.absolute().parent
     changes: dict[str, Any] = {}
     uses: dict[str, Callable[[Any], Any]] = {
-        "methods": lambda methods: parse_all(methods) and methods,
+        "methods": lambda methods: parse_all([swept.table for swept in expand(methods)]) and methods,
         "store": resolve,
         "problem": lambda problem: _problem(problem, folder),
         "checkpoint": lambda checkpoint: checkpoint and resolve(checkpoint, folder),

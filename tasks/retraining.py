@@ -11,6 +11,7 @@ models at once where the problem's models can be stacked, and a single one where
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ class RetrainJob:
 
     alphas, subsets, seeds: shares of the training set, subsets of each and models per subset; seed: what all of them are drawn from.
     source: the problem's digest when the job was planned. alone: why models are trained one by one; empty where they are stacked.
+    given: a digest of subsets that the caller chose, instead of random ones; alphas are then (1.0,), and all subsets share their seeds,
+    so that differences between them are paired.
     """
 
     url: str
@@ -52,6 +55,7 @@ class RetrainJob:
     dtype: str = "auto"
     source: str = ""
     alone: str = ""
+    given: str = ""
 
     @property
     def chunk(self) -> tuple[int, int]:
@@ -101,6 +105,12 @@ class Piece:
         return location.join(self.job.url, "receipts", f"{self.alpha:03d}-{self.subset:06d}-{self.seed:06d}.json")
 
 
+def chosen_subsets(job: RetrainJob, masks: np.ndarray) -> RetrainJob:
+    """The same job on subsets (subset, train) bool of the caller's; `plan` is still to come, and `create` takes the masks again."""
+    mark = hashlib.sha256(np.packbits(masks, axis=1).tobytes()).hexdigest()[:20]
+    return replace(job, alphas=(1.0,), subsets=len(masks), given=mark)
+
+
 def plan(store: str, job: RetrainJob) -> RetrainJob:
     """The job with its place in the store, the problem's digest, and whether models are stacked (tried on two of them); `url` is ignored.
 
@@ -113,6 +123,7 @@ def plan(store: str, job: RetrainJob) -> RetrainJob:
     data = [digest(problem, dataset, split)[0] for dataset, split in ((train, "train"), (query, "query"))]
     source = problem_digest(job.problem, json.loads(job.options))
     numbers = {"alphas": job.alphas, "subsets": job.subsets, "seeds": job.seeds, "seed": job.seed, "dtype": job.dtype}
+    numbers |= {"given": job.given} if job.given else {}
     url = layout.artifact(store, "retraining", fingerprint("retraining", problem=source, data=data, **numbers))
     created = location.join(url, "created.json")
     # How it is cut into chunks was settled by who began it.
@@ -123,14 +134,16 @@ def plan(store: str, job: RetrainJob) -> RetrainJob:
 def _check(job: RetrainJob, problem: Problem, examples: int) -> None:
     if not can_fit(problem):
         raise InputError(f"problem {job.problem!r} has neither fit nor recipe: it cannot be retrained; define one of them")
+    if job.seeds < 1:
+        raise InputError(f"seeds must be at least 1, got {job.seeds}")
+    if job.given:
+        return
     if not job.alphas or len(set(job.alphas)) < len(job.alphas):
         raise InputError(f"alphas must be different numbers, at least one; got {list(job.alphas)}")
     for alpha in job.alphas:
         subsets.subset_size(examples, alpha)
     if job.subsets < 3:
         raise InputError(f"subsets must be at least 3 for a rank correlation over them, got {job.subsets}")
-    if job.seeds < 1:
-        raise InputError(f"seeds must be at least 1, got {job.seeds}")
 
 
 def _dtype(job: RetrainJob) -> torch.dtype | None:
@@ -148,8 +161,8 @@ def _opened(problem: str, options: str, source: str) -> tuple[Problem, Any, Any]
     return found, found.train_data(), found.query_data()
 
 
-def create(job: RetrainJob) -> None:
-    """Create the arrays, and write masks and seeds; called once, before any task writes."""
+def create(job: RetrainJob, chosen: np.ndarray | None = None) -> None:
+    """Create the arrays, and write masks and seeds; called once, before any task writes. chosen: the masks of `chosen_subsets`."""
     created = location.join(job.url, "created.json")
     if location.exists(created):
         return
@@ -158,7 +171,7 @@ def create(job: RetrainJob) -> None:
     group = location.open_group(job.zarr, "a")
     group.attrs.update({"schema_version": schema.SCHEMA_VERSION, "alone": job.alone})
     layout.ensure_array(group, "measurement", (*shape, len(query)), (1, *job.chunk, len(query)))
-    masks = np.stack([subsets.masks(len(train), alpha, job.subsets, job.seed) for alpha in job.alphas])
+    masks = chosen[None] if chosen is not None else np.stack([subsets.masks(len(train), alpha, job.subsets, job.seed) for alpha in job.alphas])
     for name, values in {"masks": masks, "training_seed": _seeds(job), "alpha": np.array(job.alphas)}.items():
         array = layout.ensure_array(group, name, values.shape)
         array[...] = values
@@ -167,7 +180,8 @@ def create(job: RetrainJob) -> None:
 
 
 def _seeds(job: RetrainJob) -> np.ndarray:
-    rows = [[[subsets.training_seed(job.seed, a, s, r) for r in range(job.seeds)] for s in range(job.subsets)] for a in job.alphas]
+    places = [0] * job.subsets if job.given else range(job.subsets)
+    rows = [[[subsets.training_seed(job.seed, a, s, r) for r in range(job.seeds)] for s in places] for a in job.alphas]
     return np.array(rows, np.int64)
 
 

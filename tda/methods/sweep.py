@@ -1,0 +1,42 @@
+"""Damping sweeps: a `[[methods]]` table with a list of dampings stands for one method per value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tda.errors import InputError
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One method of a run: its table, and the label that it shares with the other dampings of its sweep (its own where it is alone)."""
+
+    table: dict[str, Any]
+    family: str
+
+
+def expand(tables: Sequence[dict[str, Any]]) -> list[Swept]:
+    """Every table with damping = [a, b] as two, labelled "<label>-<a>" and "<label>-<b>"; the others as they are.
+
+    Raises:
+        InputError: a list of dampings is empty, or names one twice.
+    """
+    found = []
+    for table in tables:
+        title, values = str(table.get("label") or table.get("name")), table.get("damping")
+        if not isinstance(values, list):
+            found.append(Swept(table, title))
+            continue
+        if not values or len({_named(value) for value in values}) < len(values):
+            what = "names none" if not values else "names a value twice"
+            raise InputError(f"damping = {values} {what}; list different numbers, or give one number (method {table.get('name')!r})")
+        found += [Swept({**table, "label": f"{title}-{_named(value)}", "damping": value}, title) for value in values]
+    return found
+
+
+def _named(damping: Any) -> str:
+    """A damping as part of a label."""
+    number = isinstance(damping, int | float) and not isinstance(damping, bool)
+    return f"{damping:g}" if number else str(damping)
