@@ -1,6 +1,7 @@
 """Directions of the queries under one method: what a run's scores are inner products with.
 
-    queries-<block>.safetensors    "<pass>/<block>/matrix" or ".../left", ".../right"; "measurement" and "norms" of the queries
+    queries-<block>.safetensors    "<pass>/<block>/matrix" or ".../left", ".../right"; "measurement" and "norms" of the queries;
+                                   "kept/<name>" of a method that scores directly
     queries-<block>.json           what the method tells of how they were made: residuals of a solve, the error of an approximation
     state-<block>.safetensors      of a solve that is under way
     complete.json                  last
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -40,8 +41,8 @@ STATE_SECONDS = 20.0
 class DirectionJob:
     """The directions of all queries under one method.
 
-    method: JSON of its options. fits: URLs, in the order of the method's. segments of the training, and the subjects at their mean
-    weights, for methods that unroll it. block: queries per task.
+    method: JSON of its options. fits: URLs, in the order of the method's. segments of the training, the subjects at their mean weights,
+    and those at the checkpoint that stands for each, for methods that need them. block: queries per task.
     """
 
     url: str
@@ -55,6 +56,7 @@ class DirectionJob:
     products: Products
     segments: tuple[Segment, ...] = ()
     averages: tuple[Subject, ...] = ()
+    checkpoints: tuple[Subject, ...] = ()
 
     def parsed(self) -> Method:
         """The method."""
@@ -100,6 +102,11 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
         gradients, values = query_gradients(opened.attributed, opened.query, job.ids(block), batch_size=job.batch_size)
         norms = torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
         state = job.place("state", block)
+
+        def gradients_at(segment: int) -> list[Direction]:
+            at = open_subject(job.checkpoints[segment])
+            return query_gradients(at.attributed, at.query, job.ids(block), batch_size=job.batch_size)[0]
+
         work = Work(
             opened.attributed,
             opened.train,
@@ -111,9 +118,12 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
             tuple(open_subject(subject).attributed for subject in job.averages),
             read_tensors(state) if location.exists(state) else None,
             _kept(state),
+            opened.query,
+            job.ids(block),
+            gradients_at if job.checkpoints else None,
         )
         made = job.parsed().directions(work, gradients)
-        tensors = {"measurement": values, "norms": norms}
+        tensors = {"measurement": values, "norms": norms} | {f"kept/{name}": tensor for name, tensor in made.kept.items()}
         for p, directions in enumerate(made.passes):
             for b, direction in enumerate(directions):
                 tensors |= {f"{p}/{b}/{side}": t for side, t in _sides(direction, job.products).items()}
@@ -154,22 +164,25 @@ def _sides(direction: Direction, products: Products) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Directions:
-    """A block's directions read back: passes, by block; measurement and gradient norms of the queries."""
+    """A block's directions read back: passes, by block; measurement and gradient norms of the queries; what was kept of them else."""
 
     passes: Sequence[Sequence[Direction]]
     measurement: Tensor
     norms: Tensor
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_directions(job: DirectionJob, block: int) -> Directions:
     """The directions of one query block."""
     tensors = read_tensors(job.place("queries", block))
-    places = [key.split("/") for key in tensors if "/" in key]
-    passes = 1 + max(int(place[0]) for place in places)
-    count = 1 + max(int(place[1]) for place in places)
+    kept = {key.removeprefix("kept/"): tensor for key, tensor in tensors.items() if key.startswith("kept/")}
+    places = [key.split("/") for key in tensors if "/" in key and not key.startswith("kept/")]
+    passes = 1 + max((int(place[0]) for place in places), default=-1)
+    count = 1 + max((int(place[1]) for place in places), default=-1)
 
     def direction(p: int, b: int) -> Direction:
         key = f"{p}/{b}/"
         return Dense(tensors[key + "matrix"]) if key + "matrix" in tensors else Factored(tensors[key + "left"], tensors[key + "right"])
 
-    return Directions([[direction(p, b) for b in range(count)] for p in range(passes)], tensors["measurement"], tensors["norms"])
+    made = [[direction(p, b) for b in range(count)] for p in range(passes)]
+    return Directions(made, tensors["measurement"], tensors["norms"], kept)

@@ -155,11 +155,13 @@ class _Cutter:
             if unrolled.segments
             else {}
         )
+        standing = tuple(subjects[0] for subjects in unrolled.checkpoints) if method.asks == "checkpoints" else ()
+        asked |= {"asked at": [subject.weights for subject in standing]} if standing else {}
         url = layout.artifact(self.request.store, "directions", fingerprint("directions", **self._common(self.subject), **asked))
         urls, count = tuple(jobs[fit].url for fit in method.fits), self.inputs.queries
         directions = DirectionJob(
             url, self.subject, method.model_dump_json(), urls, count, queries, self.batch, self.seed, self.request.products,
-            unrolled.segments, unrolled.averages,
+            unrolled.segments, unrolled.averages, standing,
         )  # fmt: skip
         if method.meets == "final":
             return Scored(directions, ((self.subject,),))

@@ -10,7 +10,7 @@ import torch
 
 import tda
 from infra import storage
-from tasks.directions import curvature_of
+from tasks.directions import curvature_of, told
 from tasks.factors import FactorJob
 from tasks.plan import Plan, described, stated
 from tasks.report import write_report
@@ -81,7 +81,7 @@ def noise(plan: Plan) -> dict[str, str]:
         found["the Fisher's labels"] = f'{drawn}; the scores hold its noise, fisher = "exact" has none'
     for method in plan.methods:
         if method.stochastic:
-            found[method.title] = "mini-batches of the training examples, keyed by the run's seed; the residuals of its solve are stored"
+            found[method.title] = method.noise
     if len(plan.members) > 1:
         found["the training's seed"] = f"scores are means over {len(plan.members)} models, with standard errors in run.stderr"
     return found
@@ -100,6 +100,8 @@ def used_damping(plan: Plan) -> dict[str, dict[str, float]]:
     for scored in plan.first.scores.methods:
         method = scored.directions.parsed()
         used = method.damping_of(curvature_of(scored.directions))
+        if used is None:
+            used = told(scored.directions)[0].get("damping")
         if isinstance(used, list):
             found[method.title] = {block.name: value for block, value in zip(blocks, used, strict=True)}
         elif used is not None:
@@ -112,7 +114,8 @@ def layer_share(plan: Plan, receipts: list[dict[str, Any]]) -> dict[str, dict[st
     mass = torch.tensor([receipt["mass"] for receipt in receipts], dtype=torch.float64).sum(0)
     share = mass / mass.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     names = [block.name for block in open_subject(plan.first.subject).attributed.blocks]
-    return {method.title: dict(zip(names, row, strict=True)) for method, row in zip(plan.methods, share.tolist(), strict=True)}
+    rows = zip(plan.methods, share.tolist(), strict=True)
+    return {method.title: dict(zip(names, row, strict=True)) for method, row in rows if any(row)}  # direct scores have no layers
 
 
 def write_page(plan: Plan, run_url: str, manifest: dict[str, Any]) -> None:

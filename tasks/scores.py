@@ -85,7 +85,7 @@ class ScoreJob:
     @property
     def owned(self) -> tuple[bool, ...]:
         """Which methods give self-influence."""
-        return tuple(type(method).own is not Method.own for method in self.parsed())
+        return tuple(_gives_own(method) for method in self.parsed())
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,10 @@ class Part:
     scorer: Scorer
 
 
+def _gives_own(method: Method) -> bool:
+    return type(method).own is not Method.own or type(method).owns is not Method.owns
+
+
 @lru_cache(maxsize=1)
 def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor]:
     """What is scored at each subject for one query block, and the queries' measurements."""
@@ -105,9 +109,14 @@ def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor
     for m, (scored, method) in enumerate(zip(job.methods, job.parsed(), strict=True)):
         read = read_directions(scored.directions, block)
         measurement = read.measurement
-        for directions, met in zip(read.passes, scored.meets, strict=True):
+        if (direct := method.direct(read.kept)) is not None:
+            parts[job.subject].append(Part(m, 1.0, Scorer(method.title, (), read.norms, direct=direct)))
+            continue
+        owned = job.self_influence and _gives_own(method)
+        own_of = method.owns(curvature_of(scored.directions), scored.directions.segments) if owned else ()
+        for p, (directions, met) in enumerate(zip(read.passes, scored.meets, strict=True)):
             for subject in met:
-                own = method.own(curvature_of(scored.directions)) if job.self_influence and method.meets == "final" else None
+                own = own_of[p] if own_of else None
                 parts[subject].append(Part(m, 1 / len(met), Scorer(method.title, directions, read.norms, own, method.cosine)))
     return parts, measurement
 
@@ -183,15 +192,15 @@ def _scored(job: ScoreJob, shard: int, block: int) -> tuple[ShardScores, Tensor]
             examples=job.examples,
             batch_size=job.scoring_batch,
             products=job.products,
-            self_influence=job.self_influence and block == 0 and final,
+            self_influence=job.self_influence and block == 0,
         )
         losses = found.loss if final else losses
         mass = mass if len(mass) else torch.zeros(methods, found.mass.shape[1], dtype=torch.float64)
         for k, part in enumerate(here):
             influence[part.method].add_(found.influence[k], alpha=part.weight)
             mass[part.method] += part.weight * found.mass[k]
-            if found.self_influence is not None:
-                own[part.method] = found.self_influence[k]
+            if found.self_influence is not None and part.scorer.own is not None:
+                own[part.method] = part.weight * found.self_influence[k] + own[part.method].nan_to_num(0.0)
     return ShardScores(influence, own if job.self_influence and block == 0 else None, losses, mass), measurement
 
 

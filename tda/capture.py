@@ -159,6 +159,21 @@ class Tape:
             mask = real if mask is None else mask & real
         return Pair(left, right, side, mask)
 
+    def inputs(self, block: Block) -> Tensor:
+        """What a block is given, (batch, features), the mean over its positions; without the 1 that stands for a bias.
+
+        Raises InputError where the block takes no rows: an embedding, a scale, an operation that we do not know.
+        """
+        calls = self._calls.get(block.weight or block.bias or "", [])
+        if block.direct or block.form in ("vector", "embedding") or block.groups > 1 or any(call.op == "embedding" for call in calls):
+            raise InputError(f"layer {block.name} ({block.kind}) has no rows of inputs; name a linear or convolutional layer")
+        zeros = {id(call): torch.zeros_like(call.output) for call in calls if call.output is not None}
+        pairs = [self._matrix_pair(block, call, zeros[id(call)], self._layouts.get(block.name, Layout())) for call in calls]
+        rows = torch.cat([pair.right[0] for pair in pairs], 1)[..., : block.in_ - int(block.bias is not None)]
+        marks = [pair.left.new_ones(self.size, pair.positions) if pair.mask is None else pair.mask.to(rows.dtype) for pair in pairs]
+        weight = torch.cat(marks, 1)[..., None]
+        return (rows * weight).sum(1) / weight.sum(1).clamp(min=1)
+
     def _direct(self, blocks: Sequence[Block], seed: Tensor) -> dict[str, Pair]:
         """Per-example gradients, by block name, of blocks whose operations we do not know: one forward and backward pass per example."""
         if not blocks:

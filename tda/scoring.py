@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,14 @@ from torch import Tensor
 
 from tda.attributed import Attributed
 from tda.blocks import Block, Pair, example_gradients
+from tda.capture import Tape
 from tda.data import batches
 from tda.directions import Dense, Direction, check_finite, inner, scaled
 from tda.products import Products, fast_float32
 from tda.self_products import GRADIENT_BYTES, Kronecker, Own, Plain, WholeSpectra, block_products, gradient_squares, part_of, whole_products
+
+#: Scores (query, batch) of training examples by their ids, from the model and the recorded forward pass of their batch.
+Direct = Callable[[Attributed, Tape, Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Scorer:
     """One method, ready to score: a direction per block, and the queries' gradient norms (query,).
 
     own: what self-influence is taken from, None where the method does not give it. A cosine method's directions are divided by the
-    norms at once, so that small gradients' products do not underflow.
+    norms at once, so that small gradients' products do not underflow. direct: what scores in place of directions, for methods whose
+    scores are no inner products of gradients; they are taken as they are, without the factor 1/N.
     """
 
     title: str
@@ -30,6 +35,7 @@ class Scorer:
     norms: Tensor
     own: Own | None = None
     cosine: bool = False
+    direct: Direct | None = None
 
     def __post_init__(self) -> None:
         if self.cosine:
@@ -97,11 +103,12 @@ def _score_batch(
     kept = [loss.new_zeros(len(ids), block.size) for block in attributed.blocks] if whole else None
     if not scorers:
         return ShardScores(influence, own if selves else None, loss, mass)
+    made = _score_directly(attributed, scorers, tape, ids, influence)
     for b, (block, pairs) in enumerate(zip(attributed.blocks, tape.pairs(tape.seed(attributed.problem.likelihood.loss)), strict=True)):
         if not pairs:
             continue
-        scores = _block_scores(block, [s.directions[b] for s in scorers], pairs, products)
-        for m, (scorer, each) in enumerate(zip(scorers, scores, strict=True)):
+        scores = _block_scores(block, [s.directions[b] for _, s in made], pairs, products)
+        for (m, scorer), each in zip(made, scores, strict=True):
             influence[m] += each
             mass[m, b] = each.abs().sum(dtype=torch.float64)
             if selves and isinstance(scorer.own, Plain | Kronecker) and not scorer.cosine:
@@ -120,13 +127,25 @@ def _score_batch(
     return ShardScores(influence, own if selves else None, loss, mass)
 
 
+def _score_directly(
+    attributed: Attributed, scorers: Sequence[Scorer], tape: Tape, ids: Sequence[int], influence: Tensor
+) -> list[tuple[int, Scorer]]:
+    """Put the scores of those that need no gradients in their places; the others, with theirs, are left."""
+    for m, scorer in enumerate(scorers):
+        if scorer.direct is not None:
+            influence[m] = scorer.direct(attributed, tape, ids)
+    return [(m, scorer) for m, scorer in enumerate(scorers) if scorer.direct is None]
+
+
 def negligible(dtype: torch.dtype) -> float:
     """A gradient shorter than this is nothing but denormal numbers: it has no direction, and its cosines are 0."""
     return torch.finfo(dtype).tiny * 2.0**20
 
 
 def _to_unit(scorer: Scorer, influence: Tensor, own: Tensor, norms: Tensor, examples: int) -> None:
-    """In place: the common sign and unit, or the cosine."""
+    """In place: the common sign and unit, or the cosine; direct scores stay as they are."""
+    if scorer.direct is not None:
+        return
     if scorer.cosine:
         lengths = norms.sqrt()
         influence.copy_(torch.where(lengths > negligible(influence.dtype), influence.double() / lengths, 0.0))

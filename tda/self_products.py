@@ -23,7 +23,9 @@ GRADIENT_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Plain:
-    """g^T g."""
+    """g^T g, times a weight."""
+
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ Own = Plain | Kronecker | WholeSpectra
 def block_products(own: Plain | Kronecker, b: int, block: Block, pairs: Sequence[Pair], products: Products = "full") -> Tensor:
     """The share of block number b, for a batch: (batch,)."""
     if isinstance(own, Plain):
-        return gradient_squares(block, pairs)
+        return own.weight * gradient_squares(block, pairs)
     factor, inverse = own.factors[b], own.inverses[b]
     if len(pairs) == 1 and pairs[0].positions == 1 and not pairs[0].one_hot:
         left, right = (side[:, :, 0].square() for side in rotate_rows(factor, pairs[0], products))

@@ -16,8 +16,11 @@ from tda.methods.graddot import GradDot
 from tda.methods.iterative import CG, SNI, Astra
 from tda.methods.kfac import KFAC
 from tda.methods.method import Method
+from tda.methods.random_scores import Random
+from tda.methods.representation import Representation
 from tda.methods.source import FastSource, Source
 from tda.methods.spectral import GGN, BlockGGN, Hessian
+from tda.methods.tracin import TracIn
 
 METHODS: dict[str, type[Method]] = {
     "graddot": GradDot,
@@ -33,6 +36,9 @@ METHODS: dict[str, type[Method]] = {
     "source": Source,
     "fast_source": FastSource,
     "astra_source": AstraSource,
+    "tracin": TracIn,
+    "random": Random,
+    "representation": Representation,
 }
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from tda.blocks import Block
 from tda.directions import Direction
 from tda.methods.work import Fit, Made, Work
 from tda.self_products import Own
+
+if TYPE_CHECKING:
+    from tda.scoring import Direct
+    from tda.trajectory import Segment
 
 #: The unit of every score that is an influence.
 INFLUENCE_UNIT = "units of the measurement (nats for a log-likelihood loss)"
@@ -26,8 +31,11 @@ class Method(BaseModel):
 
     #: Whose training gradients the directions meet: the final checkpoint's, those of each segment's checkpoints, or at its mean weights.
     meets: ClassVar[Literal["final", "checkpoints", "averages"]] = "final"
-    #: Whether its directions depend on the run's seed.
+    #: Where query gradients are taken: at the final checkpoint, or also at those that stand for the segments (`Work.gradients_at`).
+    asks: ClassVar[Literal["final", "checkpoints"]] = "final"
+    #: Whether its directions depend on the run's seed, and what is drawn by it.
     stochastic: ClassVar[bool] = False
+    noise: ClassVar[str] = "mini-batches of the training examples, keyed by the run's seed; the residuals of its solve are stored"
     #: Whether scores are divided by the norms of both gradients.
     cosine: ClassVar[bool] = False
     unit: ClassVar[str] = INFLUENCE_UNIT
@@ -55,4 +63,12 @@ class Method(BaseModel):
 
     def own(self, curvature: Sequence[Any]) -> Own | None:
         """What training examples' influences on their own losses are taken from; None where that would cost a solve for each."""
+        return None
+
+    def owns(self, curvature: Sequence[Any], segments: Sequence[Segment]) -> Sequence[Own | None]:
+        """The same for each pass over training gradients: what several passes give is summed."""
+        return [None] * len(segments) if segments else [self.own(curvature)]
+
+    def direct(self, kept: Mapping[str, Tensor]) -> Direct | None:
+        """What scores training examples without directions, from what `directions` kept of the queries; None: inner products do."""
         return None

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fit of curvature that a method needs.
+    """A fit of curvature, or of something that stands for one, that a method needs.
 
     kind and of: "kronecker" factors of a Fisher ("exact", "sampled", "empirical"), or the "dense" eigendecomposition of a curvature
-    ("hessian", "ggn", "block_ggn"). segment: which segment of the training it is of; None: the final checkpoint.
+    ("hessian", "ggn", "block_ggn"); the Gram matrix of a "projection" of gradients, or a "retraining", by their options as text.
+    segment: which segment of the training it is of; None: the final checkpoint.
     """
 
-    kind: Literal["kronecker", "dense"]
+    kind: Literal["kronecker", "dense", "projection", "retraining"]
     of: str
     segment: int | None = None
 
@@ -39,8 +40,10 @@ class Work:
     """What directions are made from.
 
     attributed: the model at the final checkpoint. train: the training set. curvature: for each of the method's fits, a tuple of Factor
-    (one per block) or of Spectrum. segments, averaged: of the training, and the model at the mean weights of each, for methods that
-    unroll it. state: of an interrupted solve; on_step is called with it after every step.
+    (one per block), of Spectrum, of Gram (tda.methods.trak) or the one Truth of a retraining. segments, averaged: of the training, and
+    the model at the mean weights of each, for methods that unroll it. state: of an interrupted solve; on_step is called with it after
+    every step. queries, query_ids: the data set of the queries, and which of them; gradients_at(k): their gradients at the checkpoint
+    that stands for segment k, for methods that ask at checkpoints.
     """
 
     attributed: Attributed
@@ -53,14 +56,19 @@ class Work:
     averaged: tuple[Attributed, ...] = ()
     state: dict[str, Tensor] | None = None
     on_step: Callable[[dict[str, Tensor]], None] | None = None
+    queries: Any = None
+    query_ids: Sequence[int] = ()
+    gradients_at: Callable[[int], list[Direction]] | None = None
 
 
 @dataclass(frozen=True)
 class Made:
     """Directions: for each pass over training gradients (one, or one per segment), one direction per block; without the factor 1/N.
 
-    told: JSON of what a reader should know of how they were made (residuals of a solve).
+    told: JSON of what a reader should know of how they were made (residuals of a solve). kept: what a method without directions, which
+    scores directly, needs to know of the queries.
     """
 
     passes: list[list[Direction]]
     told: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)

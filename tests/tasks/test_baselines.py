@@ -1,0 +1,155 @@
+"""Baselines through the tasks of a run, against dense float64 computations of their definitions."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tasks import directions, layout, scores
+from tasks.plan import Plan
+from tasks.subject import open_subject
+from tasks.training import read_trajectory
+from tda import location
+from tda.errors import InputError
+from tda.methods import parse
+from tda.methods.random_scores import normals
+from tests.tasks.jobs import planned
+from tests.tasks.test_directions import training_gradients
+from tests.tda.pipeline import relative
+
+METHODS = """
+problem = "tiny.py:Tiny"
+shard_size = 6
+query_block = 3
+[[methods]]
+name = "graddot"
+[[methods]]
+name = "random"
+[[methods]]
+name = "representation"
+[[methods]]
+name = "representation"
+label = "l2"
+similarity = "l2"
+layer = "0"
+[[methods]]
+name = "tracin"
+checkpoints = 3
+"""
+
+
+def scored(plan: Plan, url: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Influence (method, query, train) and self-influence (method, train), by a run's tasks."""
+    job = plan.placed(url).first.scores
+    for each in job.methods:
+        if not layout.is_complete(each.directions.url):
+            for block in range(each.directions.blocks):
+                directions.make_directions((each.directions, block))
+            directions.finish(each.directions)
+    scores.create_results(job, {}, {})
+    for shard, block in product(*map(range, job.shape)):
+        scores.score_shard((job, shard, block))
+    for shard in range(job.shape[0]):
+        scores.verify_shard((job, shard))
+    group = location.open_group(job.results)
+    return torch.from_numpy(group["influence"][...]).double(), torch.from_numpy(group["self_influence"][...]).double()
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("run")
+    return planned(folder / "config", f"{folder}/store", text=METHODS)
+
+
+@pytest.fixture(scope="module")
+def found(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, torch.Tensor]:
+    return scored(plan, f"file://{tmp_path_factory.mktemp('results')}/run")
+
+
+def query_gradients(subject) -> torch.Tensor:
+    """(query, D): as for training examples, of the queries."""
+    opened = open_subject(subject)
+    return training_gradients_of(opened.attributed, opened.query)
+
+
+def training_gradients_of(attributed, data) -> torch.Tensor:
+    from tda.blocks import to_matrix
+
+    rows, parameters = [], dict(attributed.model.named_parameters())
+    for i in range(len(data)):
+        x, y = data[i]
+        loss = nn.functional.cross_entropy(attributed.model(x[None]), y[None])
+        each = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        rows.append(torch.cat([to_matrix(block, each).flatten() for block in attributed.blocks]))
+    return torch.stack(rows)
+
+
+def test_tracin_is_the_sum_over_checkpoints_of_time_times_inner_products(plan: Plan, found: tuple[torch.Tensor, torch.Tensor]) -> None:
+    scored = plan.first.scores.methods[-1]
+    trajectory = read_trajectory(plan.first.subject.checkpoint)
+    horizons = [segment.horizon for segment in scored.directions.segments]
+    assert sum(horizons) == pytest.approx(trajectory.saved[-1].time)  # every step is counted, once
+    assert len({subject.weights for (subject,) in scored.meets}) == 3
+    wanted, own = torch.zeros(5, 23, dtype=torch.float64), torch.zeros(23, dtype=torch.float64)
+    for horizon, (subject,) in zip(horizons, scored.meets, strict=True):
+        train = training_gradients(subject)
+        wanted -= horizon * query_gradients(subject) @ train.T / 23
+        own -= horizon * train.square().sum(1) / 23
+    assert relative(found[0][-1], wanted) < 1e-6
+    assert relative(found[1][-1], own) < 1e-6
+
+
+def test_random_scores_are_the_same_for_any_shards_and_nothing_else_moves_them(
+    plan: Plan, found: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    wanted = torch.stack([normals(0, query, range(23)) for query in range(5)])
+    assert torch.equal(found[0][1], wanted.float().double())
+    text = METHODS.replace("shard_size = 6\nquery_block = 3", "shard_size = 5\nquery_block = 2\nbatch_size = 4")
+    again = scored(planned(tmp_path / "config", f"{tmp_path}/store", text=text), f"file://{tmp_path}/run")
+    assert torch.equal(again[0][1], found[0][1])
+    other = scored(planned(tmp_path / "config", f"{tmp_path}/store", "seed=1", text=text), f"file://{tmp_path}/other")
+    assert torch.equal(other[0][1], torch.stack([normals(1, query, range(23)) for query in range(5)]).float().double())
+
+
+def test_random_numbers_are_normal_and_belong_to_their_places() -> None:
+    whole = normals(3, 7, range(20_000))
+    assert torch.equal(normals(3, 7, [5, 19_999, 4096]), whole[[5, 19_999, 4096]])
+    assert torch.equal(normals(3, 7, range(501, 777)), whole[501:777])
+    assert abs(float(whole.mean())) < 4 / 20_000**0.5
+    assert abs(float(whole.square().mean()) - 1) < 4 * (2 / 20_000) ** 0.5
+    for other in (normals(3, 8, range(20_000)), normals(4, 7, range(20_000))):
+        assert abs(float(np.corrcoef(whole, other)[0, 1])) < 4 / 20_000**0.5
+
+
+def test_representations_are_compared_where_the_last_layer_or_the_named_one_takes_them(
+    plan: Plan, found: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    opened = open_subject(plan.first.subject)
+    model = opened.attributed.model
+    data = [torch.stack([each[i][0] for i in range(len(each))]) for each in (opened.query, opened.train)]
+    query, train = (model[:3](x).detach() for x in data)  # what is given to the last of the four modules
+    wanted = -torch.stack([nn.functional.cosine_similarity(q[None], train) for q in query])
+    assert relative(found[0][2], wanted) < 1e-6
+    assert relative(found[0][3], torch.cdist(*data, compute_mode="donot_use_mm_for_euclid_dist")) < 1e-6
+
+
+def test_direct_scores_say_nothing_of_layers_or_of_an_example_on_itself(found: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert torch.isfinite(found[1]).all(1).tolist() == [True, False, False, False, True]
+
+
+def test_a_layer_that_is_not_there_is_refused_with_those_that_are(plan: Plan) -> None:
+    attributed = open_subject(plan.first.subject).attributed
+    with pytest.raises(InputError, match=r"representation needs layer '2' among the attributed ones; there is 0, 3"):
+        parse({"name": "representation", "layer": "2"}).block(attributed)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [({"name": "tracin", "checkpoints": 0}, "checkpoints = 0"), ({"name": "representation", "similarity": "sine"}, "similarity = 'sine'")],
+)
+def test_options_out_of_range_are_refused(text: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        parse(text)
