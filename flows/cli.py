@@ -91,8 +91,34 @@ def run(
     quiet_prefect()
     from flows.attribute import attribute_run
 
-    same = ["tda", "run", config, *(["--store", store] if store else []), *(word for each in overrides or [] for word in ("--set", each))]
-    _print_summary(attribute_run(parsed, shlex.join(same)))
+    _print_summary(attribute_run(parsed, _same("run", config, store, overrides)))
+
+
+@app.command()
+def evaluate(
+    config: Annotated[str, typer.Argument(help="The run's TOML file; [evaluation] says how to evaluate.", metavar="CONFIG")],
+    store: Annotated[str | None, typer.Option(help="Store results here instead.", metavar="URL")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file.", metavar="KEY=VALUE")] = None,
+) -> None:
+    """Retrain on subsets and compare every method's predictions with it: one league table; resumes what an earlier try left."""
+    from flows.config import load_config
+
+    parsed = load_config(config, overrides or [], store)
+
+    from infra.settings import quiet_prefect
+
+    quiet_prefect()
+    from flows.evaluate import evaluate_run
+    from flows.league import print_league
+    from tda.results import open_run
+
+    done = evaluate_run(parsed, _same("evaluate", config, store, overrides))
+    print_league(open_run(done.store, done.run_id).evaluation)
+    typer.echo(f"run      {done.run_id}")
+    typer.echo(f"reused   {', '.join(done.reused) or 'nothing: all was computed'}")
+    typer.echo(f"table    {_readable(done.url)}/league.csv")
+    typer.echo(f"page     {_readable(done.url)}/report.html")
+    typer.echo(f'open     import tda; run = tda.open_run("{_readable(done.store)}", "{done.run_id}"); run.evaluation')
 
 
 @app.command()
@@ -111,9 +137,7 @@ def decompose(
     quiet_prefect()
     from flows.decompose import decompose_study
 
-    same = ["tda", "decompose", config, *(["--store", store] if store else [])]
-    same += [word for each in overrides or [] for word in ("--set", each)]
-    done = decompose_study(parsed, shlex.join(same))
+    done = decompose_study(parsed, _same("decompose", config, store, overrides))
     typer.echo(f"study    {done.study_id}")
     typer.echo(f"points   {done.points} measured ({done.reused} of them reused), {len(done.refused)} left out")
     for line in done.refused:
@@ -191,6 +215,12 @@ def doctor(store: Store = DEFAULT_STORE) -> int:
     from flows.doctor import examine, print_findings
 
     return 0 if print_findings(examine(store)) else FAILED
+
+
+def _same(command: str, config: str, store: str | None, overrides: list[str] | None) -> str:
+    """The command line that does the same again."""
+    words = ["tda", command, config, *(["--store", store] if store else [])]
+    return shlex.join([*words, *(word for each in overrides or [] for word in ("--set", each))])
 
 
 def _print_summary(summary: "RunSummary") -> None:

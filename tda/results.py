@@ -199,7 +199,7 @@ class Run:
         if count == 1 or not 0 <= member < count:
             has = f"it has {count}, counted from 0" if count > 1 else "it is no ensemble; see `ensemble` in the configuration"
             raise InputError(f"run {self.id} has no member {member}; {has}")
-        return Scores(_with_labels(_lazy(self._open_group("members", str(member), "results.zarr")))["influence"])
+        return Scores(_with_labels(lazy(self._open_group("members", str(member), "results.zarr")))["influence"])
 
     def solve(self, method: str, segment: int = 0) -> xr.Dataset:
         """How an iterative method's solve went: residual (step, query), relative, and evaluations (step,), products spent per query.
@@ -219,7 +219,7 @@ class Run:
         if not isinstance(folder, zarr.Group):
             raise NotStored(f"run {self.id} has no solve {segment} of {method!r}")
         schema.validate(group, [f"{method}/{segment}/{name}" for name in ("residual", "evaluations")])
-        return _lazy(folder)
+        return lazy(folder)
 
     @property
     def trajectories(self) -> xr.Dataset:
@@ -230,8 +230,15 @@ class Run:
 
     @property
     def evaluation(self) -> xr.Dataset:
-        """Retraining results; a run of `tda evaluate` stores them."""
-        raise NotStored(f"run {self.id} has no evaluation; `tda evaluate CONFIG` stores it")
+        """How the scores compare with retraining, lazily: masks (alpha, subset, train), measurement (alpha, subset, seed, query),
+        lds (method, alpha, query), interval, ceiling, league and more (docs/evaluation.md); of the latest `tda evaluate` of this run.
+
+        Raises:
+            NotStored: the run was not evaluated.
+        """
+        from tda.evaluated import open_evaluation
+
+        return open_evaluation(self.url)
 
     def top(self, query: int, k: int = 10, method: str | None = None, kind: Kind = "helpful") -> pd.DataFrame:
         """The k training examples that help or harm a query most.
@@ -279,7 +286,7 @@ class Run:
         present = set(group.array_keys())
         required = {"influence", "method", "query", "train"}
         schema.validate(group, sorted(required | (present & set(schema.SPECS))))
-        data = _with_labels(_lazy(group))
+        data = _with_labels(lazy(group))
         labels = [name for name in ("query_label", "train_label") if name in data]
         described = {key: self.manifest[key] for key in ("units", "damping", "measurement") if key in self.manifest}
         for name in ("influence", "self_influence", "stderr"):
@@ -317,7 +324,7 @@ def ranking(scores: np.ndarray[Any, Any], *, kind: Kind, better: Literal["lower"
     return order[: np.count_nonzero(~np.isnan(scores))]
 
 
-def _lazy(group: zarr.Group) -> xr.Dataset:
+def lazy(group: zarr.Group) -> xr.Dataset:
     """A group's arrays, of which only coordinates along their own dim are read now; attributes and numbers as they are stored."""
     return xr.open_dataset(xr.backends.ZarrStore(group, mode="r"), decode_cf=False, chunks=None)
 
@@ -340,7 +347,7 @@ def _spectra(run: Run, fingerprint: str, prefix: str) -> xr.Dataset:
         if not isinstance(folder, zarr.Group):
             continue  # no Kronecker factors: an exact block or a diagonal
         name = f"{prefix}{layer['name']}"
-        spectra = _lazy(folder)[[key for key in _SPECTRA if key in folder]]
+        spectra = lazy(folder)[[key for key in _SPECTRA if key in folder]]
         schema.validate(group, [f"layers/{index}/{key}" for key in spectra])
         for array in spectra.data_vars.values():
             array.attrs.update(layer=layer["name"], kind=layer.get("kind", ""))

@@ -169,7 +169,40 @@ _RETRAINING = (
     ArraySpec("training_seed", ("alpha", "subset", "seed"), _INTEGER, "seed of a retraining: of its weights and of its batches", fill=-1),
 )
 
-SPECS: Mapping[str, ArraySpec] = {spec.name: spec for spec in (*_RESULTS, *_SOLVES, *_RETRAINING, *_STUDIES, *_FACTORS, *_SPECTRA)}
+# What `tda evaluate` finds, beside the ground truth that it uses.
+_EVALUATION = (
+    ArraySpec("lds", ("method", "alpha", "query"), _WIDE, "linear datamodelling score of a query", fill=_NAN),
+    ArraySpec("interval", ("method", "alpha", "bound"), _WIDE, "95% bootstrap interval of the mean LDS over reported queries", fill=_NAN),
+    ArraySpec("ceiling", ("alpha", "query"), _WIDE, "the LDS that a perfect prediction would reach, by split halves of the seeds", fill=_NAN),
+    ArraySpec("lds_draws", ("method", "alpha", "draw"), _WIDE, "mean LDS over reported queries of a resample of the subsets", fill=_NAN),
+    ArraySpec("member_lds", ("member", "method", "alpha", "query"), _WIDE, "LDS of one model of an ensemble", fill=_NAN),
+    ArraySpec("league", ("method", "alpha", "metric", "statistic"), _WIDE, "a metric over reported queries, and its 95% interval", fill=_NAN),
+    ArraySpec("tuning_query", ("query",), ("bool",), "whether a query served to choose dampings, and is not reported", fill=False),
+    ArraySpec("chosen", ("method",), ("bool",), "whether a method is the best of its damping sweep on the tuning queries", fill=False),
+    ArraySpec("family", ("method",), _TEXT, "label of the sweep that a method belongs to", fill=""),
+    ArraySpec("damping", ("method",), _TEXT, "damping as configured; empty where a method has none", fill=""),
+    ArraySpec("compute", ("method",), _WIDE, "work of fits, directions and the method's part of the scoring", "seconds", fill=_NAN),
+    ArraySpec("leave_one_out", ("method", "query"), _WIDE, "rank correlation with the effects of single examples", fill=_NAN),
+    ArraySpec("leave_one_out_ceiling", ("query",), _WIDE, "what a perfect prediction of them would reach", fill=_NAN),
+    ArraySpec("effect", ("left_out", "repeat", "query"), _WIDE, "f(everything) - f(all but one example)", UNITS, SIGN, _NAN),
+    ArraySpec("left_out", ("left_out",), _INTEGER, "id of a training example that was left out", fill=-1),
+    ArraySpec("retrieval", ("method", "query"), _WIDE, "share of the most helpful examples that have the query's label", fill=_NAN),
+    ArraySpec("mislabelled_precision", ("method", "inspected"), _WIDE, "share of wrong labels among the most suspicious", fill=_NAN),
+    ArraySpec("inspected", ("inspected",), _INTEGER, "how many training examples are inspected", fill=-1),
+    ArraySpec("randomised", ("method", "query"), _WIDE, "rank correlation with the scores of an untrained model", fill=_NAN),
+    ArraySpec(
+        "harm", ("curve", "share", "asked"), _WIDE, "how much worse a query became without its most helpful examples", UNITS, fill=_NAN
+    ),
+    ArraySpec("curve", ("curve",), _TEXT, "label of the method whose ranking was removed", fill=""),
+    ArraySpec("share", ("share",), _WIDE, "share of the training examples that was removed", fill=_NAN),
+    ArraySpec("asked", ("asked",), _INTEGER, "id of a query whose most helpful examples were removed", fill=-1),
+    ArraySpec("metric", ("metric",), _TEXT, "what the league table compares", fill=""),
+    ArraySpec("statistic", ("statistic",), _TEXT, "estimate, low or high", fill=""),
+)
+
+SPECS: Mapping[str, ArraySpec] = {
+    spec.name: spec for spec in (*_RESULTS, *_SOLVES, *_RETRAINING, *_EVALUATION, *_STUDIES, *_FACTORS, *_SPECTRA)
+}
 
 
 def create_array(
