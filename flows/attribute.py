@@ -17,7 +17,6 @@ from infra.cluster import ClusterSpec, ShardFailed, open_cluster
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import ensemble, layout, plan, prepare, publish, scores, solves
-from tasks.factors import FactorJob
 from tasks.subject import Subject
 from tda import location, schema
 from tda.errors import InputError
@@ -171,8 +170,7 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
         for member in decided.members:
             suffix = f", seed {member.seed}" if len(decided.members) > 1 else ""
             for key, fit in member.fits.items():
-                kind = "factors" if isinstance(fit, FactorJob) else "spectra"
-                reused[f"{kind} ({key}{suffix})"] = stages.fit(fit)
+                reused[f"{plan.ARTIFACTS[type(fit)]} ({key}{suffix})"] = stages.fit(fit)
             made = [stages.make_directions(scored.directions) for scored in member.scores.methods]
             reused[f"directions{suffix}"] = all(made)
             scores.create_results(member.scores, labels, plan.results_attrs(decided, run_id))

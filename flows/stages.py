@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.progress import Progress
 from infra import storage
 from infra.cluster import ShardFailed, run_shards
-from tasks import dense, directions, ensemble, factors, layout, plan, prepare, publish, scores, subject, training
+from tasks import dense, directions, ensemble, factors, layout, plan, prepare, projection, publish, scores, subject, training
 from tda import location
 from tda.errors import InputError
 
@@ -96,8 +96,8 @@ def train(request: prepare.Request, inputs: prepare.Inputs) -> bool:
 
 
 @_stage
-def fit(job: factors.FactorJob | dense.DenseJob) -> bool:
-    """Fit one set of factors or spectra; True where an earlier run had."""
+def fit(job: plan.FitJob) -> bool:
+    """Fit one set of factors, spectra or projections; True where an earlier run had."""
     if layout.is_complete(job.url):
         storage.delete_tree(location.join(job.url, "partial"))  # left where a run was killed right after its fit was complete
         return True
@@ -105,6 +105,8 @@ def fit(job: factors.FactorJob | dense.DenseJob) -> bool:
         with _priced(job.url):
             if isinstance(job, factors.FactorJob):
                 _fit_factors(job)
+            elif isinstance(job, projection.ProjectionJob):
+                _fit_projection(job)
             else:
                 _fit_spectra(job)
     except ShardFailed:
@@ -133,6 +135,12 @@ def _fit_spectra(job: dense.DenseJob) -> None:
     run(dense.rows, dense.row_tasks(job), f"matrix ({kind})")
     run(dense.decompose, dense.decompose_tasks(job), f"eigendecomposition ({kind})")
     run(dense.finish, [job], f"finish spectra ({kind})")
+
+
+def _fit_projection(job: projection.ProjectionJob) -> None:
+    run = _SESSION.get().shards
+    run(projection.sum_part, [(job, part) for part in range(job.parts)], "projected gradients")
+    run(projection.finish, [job], "finish projection")
 
 
 @_stage

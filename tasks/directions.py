@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from tasks import dense
+from tasks import dense, projection
 from tasks.factors import fitted
 from tasks.subject import Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
@@ -77,7 +77,9 @@ class DirectionJob:
 
 
 def load_fit(fit: Fit, url: str, subject: Subject) -> tuple[Any, ...]:
-    """A completed fit: one Factor per block, or the Spectra of a dense one."""
+    """A completed fit: one Factor per block, or the Spectra of a dense one or of projected gradients."""
+    if fit.kind == "projection":
+        return projection.load(url)
     return fitted(url, subject) if fit.kind == "kronecker" else spectra(url)
 
 

@@ -13,6 +13,7 @@ from tasks.dense import DenseJob
 from tasks.directions import DirectionJob
 from tasks.factors import FactorJob
 from tasks.prepare import Inputs, Request
+from tasks.projection import ProjectionJob
 from tasks.scores import CHUNK_QUERIES, Scored, ScoreJob
 from tasks.subject import Subject, open_subject, read_checkpoint
 from tasks.tensors import write_tensors
@@ -22,8 +23,13 @@ from tda.fingerprint import fingerprint
 from tda.methods import Method, parse_all
 from tda.methods.work import Fit
 from tda.problem import measurement_of
+from tda.projection import Projection
 from tda.schema import SIGN
 from tda.trajectory import Segment, average, cut
+
+FitJob = FactorJob | DenseJob | ProjectionJob
+#: What a fit's artifact is called, by the class of its job.
+ARTIFACTS = {FactorJob: "factors", DenseJob: "spectra", ProjectionJob: "projections"}
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,14 @@ class Member:
 
     subject: Subject
     seed: int
-    fits: dict[str, FactorJob | DenseJob]
+    fits: dict[str, FitJob]
     scores: ScoreJob
 
     def fingerprints(self) -> dict[str, Any]:
         """Of its artifacts, for the manifest."""
         found: dict[str, Any] = {"checkpoint": self.subject.weights, "factors": {}, "spectra": {}, "directions": {}}
         for key, job in self.fits.items():
-            found["factors" if isinstance(job, FactorJob) else "spectra"][key] = job.url.rpartition("/")[2]
+            found.setdefault(ARTIFACTS[type(job)], {})[key] = job.url.rpartition("/")[2]
         for scored in self.scores.methods:
             found["directions"][scored.directions.parsed().title] = scored.directions.url.rpartition("/")[2]
         return found
@@ -121,7 +127,7 @@ def _member(request: Request, inputs: Inputs, seed: int) -> Member:
         queries -= queries % CHUNK_QUERIES  # so that it can be cut in chunks of that many
     scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries * len(methods), itemsize=itemsize)
     cutter = _Cutter(request, inputs, subject, seed, batch, shard)
-    fits: dict[str, FactorJob | DenseJob] = {}
+    fits: dict[str, FitJob] = {}
     scored = tuple(cutter.scored(method, queries, fits) for method in methods)
     job = ScoreJob(
         subject, scored, "", "", inputs.examples, inputs.queries, shard, queries, scoring, request.products, request.self_influence
@@ -140,7 +146,7 @@ class _Cutter:
     batch: int
     shard: int
 
-    def scored(self, method: Method, queries: int, fits: dict[str, FactorJob | DenseJob]) -> Scored:
+    def scored(self, method: Method, queries: int, fits: dict[str, FitJob]) -> Scored:
         """The directions of a method, and what they meet; its fits are added to `fits`."""
         unrolled = self._unrolled(method)
         jobs = {fit: self._fit(fit, unrolled) for fit in method.fits}
@@ -176,7 +182,7 @@ class _Cutter:
             "dtype": str(opened.attributed.dtype), "products": self.request.products, "batch": self.batch, "shard": self.shard,
         }  # fmt: skip
 
-    def _fit(self, fit: Fit, unrolled: Unrolled) -> FactorJob | DenseJob:
+    def _fit(self, fit: Fit, unrolled: Unrolled) -> FitJob:
         store, examples = self.request.store, self.inputs.examples
         if fit.kind == "dense":
             subject = replace(self.subject, dtype="float64")
@@ -185,6 +191,10 @@ class _Cutter:
         subjects: tuple[Subject, ...] = (self.subject,)
         if fit.segment is not None:
             subjects = (unrolled.averages[fit.segment],) if unrolled.averages else unrolled.checkpoints[fit.segment]
+        if fit.kind == "projection":
+            projection, common = Projection.named(fit.of, self.seed), self._common(subjects[0])
+            url = layout.artifact(store, "projections", fingerprint("projection", **asdict(projection), **common))
+            return ProjectionJob(url, subjects[0], projection, examples, self.shard, self.batch)
         seed = self.seed if fit.of == "sampled" else 0
         common = self._common(subjects[0]) | ({"pooled": [s.weights for s in subjects]} if len(subjects) > 1 else {})
         url = layout.artifact(store, "factors", fingerprint("factors", fisher=fit.of, seed=seed, **common))

@@ -89,7 +89,7 @@ def _examined(request: Request) -> Inputs:
         batch = opened.attributed.load(opened.train, [0])
         next(problem.likelihood.hessian_columns(opened.attributed.tape(batch).outputs.detach(), batch.targets))
     for method in methods:
-        method.check_size(opened.attributed.blocks)
+        method.check(opened.attributed)
         if method.meets != "final" and subject.checkpoint:
             cut(read_trajectory(subject.checkpoint), method.segments, per_segment=method.per_segment)  # type: ignore[attr-defined]
     return Inputs(

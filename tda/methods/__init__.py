@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from tda.errors import InputError
 from tda.methods.astra_source import AstraSource
+from tda.methods.datainf import DataInf
 from tda.methods.ekfac import EKFAC
 from tda.methods.gradcos import GradCos
 from tda.methods.graddot import GradDot
@@ -21,6 +22,7 @@ from tda.methods.representation import Representation
 from tda.methods.source import FastSource, Source
 from tda.methods.spectral import GGN, BlockGGN, Hessian
 from tda.methods.tracin import TracIn
+from tda.methods.trak import Trak
 
 METHODS: dict[str, type[Method]] = {
     "graddot": GradDot,
@@ -37,6 +39,8 @@ METHODS: dict[str, type[Method]] = {
     "fast_source": FastSource,
     "astra_source": AstraSource,
     "tracin": TracIn,
+    "trak": Trak,
+    "datainf": DataInf,
     "random": Random,
     "representation": Representation,
 }

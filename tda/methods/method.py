@@ -14,6 +14,7 @@ from tda.methods.work import Fit, Made, Work
 from tda.self_products import Own
 
 if TYPE_CHECKING:
+    from tda.attributed import Attributed
     from tda.scoring import Direct
     from tda.trajectory import Segment
 
@@ -50,8 +51,12 @@ class Method(BaseModel):
         """The fits of curvature that it needs, in the order in which `Work.curvature` holds them."""
         return ()
 
+    def check(self, attributed: Attributed) -> None:
+        """Raise InputError, in one line, where the method cannot be used with a model. Called before anything is done."""
+        self.check_size(attributed.blocks)
+
     def check_size(self, blocks: Sequence[Block]) -> None:
-        """Raise InputError, in one line, where the method would take too much memory. Called before anything is done."""
+        """Raise InputError, in one line, where the method would take too much memory."""
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_q = -C^-1 g_q, without the factor 1/N, for a batch of query gradients given block by block."""

@@ -33,6 +33,10 @@ class Representation(Method):
     layer: str | None = None
     unit: ClassVar[str] = "a similarity, no unit of the measurement"
 
+    def check(self, attributed: Attributed) -> None:
+        """InputError where there is no such layer."""
+        self.block(attributed)
+
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """None: the queries' representations and the sign are what is kept."""
         attributed, block = work.attributed, self.block(work.attributed)

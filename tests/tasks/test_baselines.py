@@ -8,14 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from tasks import directions, layout, scores
+from tasks import directions, layout, projection, scores
 from tasks.plan import Plan
 from tasks.subject import open_subject
 from tasks.training import read_trajectory
 from tda import location
+from tda.directions import Dense
 from tda.errors import InputError
+from tda.flat import unflatten
 from tda.methods import parse
 from tda.methods.random_scores import normals
+from tda.projection import Projection, project
+from tests.flows.runs import objects
 from tests.tasks.jobs import planned
 from tests.tasks.test_directions import training_gradients
 from tests.tda.pipeline import relative
@@ -38,11 +42,32 @@ layer = "0"
 [[methods]]
 name = "tracin"
 checkpoints = 3
+[[methods]]
+name = "trak"
+projection_dim = 11
+damping = 1e-3
+[[methods]]
+name = "trak"
+label = "trak2"
+projection_dim = 11
+damping = 1e-3
+models = 2
+[[methods]]
+name = "trak"
+label = "layers"
+projection_dim = 11
+scope = "layer"
+damping = 1e-3
 """
+RANDOM, REPRESENTATION, L2, TRACIN, TRAK, TRAK2, LAYERS = range(1, 8)
 
 
 def scored(plan: Plan, url: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Influence (method, query, train) and self-influence (method, train), by a run's tasks."""
+    for fit in plan.first.fits.values():
+        for part in reversed(range(fit.parts)):
+            projection.sum_part((fit, part))
+        projection.finish(fit)
     job = plan.placed(url).first.scores
     for each in job.methods:
         if not layout.is_complete(each.directions.url):
@@ -88,7 +113,7 @@ def training_gradients_of(attributed, data) -> torch.Tensor:
 
 
 def test_tracin_is_the_sum_over_checkpoints_of_time_times_inner_products(plan: Plan, found: tuple[torch.Tensor, torch.Tensor]) -> None:
-    scored = plan.first.scores.methods[-1]
+    scored = plan.first.scores.methods[TRACIN]
     trajectory = read_trajectory(plan.first.subject.checkpoint)
     horizons = [segment.horizon for segment in scored.directions.segments]
     assert sum(horizons) == pytest.approx(trajectory.saved[-1].time)  # every step is counted, once
@@ -98,20 +123,59 @@ def test_tracin_is_the_sum_over_checkpoints_of_time_times_inner_products(plan: P
         train = training_gradients(subject)
         wanted -= horizon * query_gradients(subject) @ train.T / 23
         own -= horizon * train.square().sum(1) / 23
-    assert relative(found[0][-1], wanted) < 1e-6
-    assert relative(found[1][-1], own) < 1e-6
+    assert relative(found[0][TRACIN], wanted) < 1e-6
+    assert relative(found[1][TRACIN], own) < 1e-6
+
+
+@pytest.mark.parametrize(("place", "checkpoints"), [(TRAK, 1), (TRAK2, 2), (LAYERS, 1)])
+def test_trak_averages_over_checkpoints_what_it_is_at_each(
+    plan: Plan, found: tuple[torch.Tensor, torch.Tensor], place: int, checkpoints: int
+) -> None:
+    scored = plan.first.scores.methods[place]
+    assert [len(met) for met in scored.meets] == [1] * checkpoints
+    wanted = torch.zeros(5, 23, dtype=torch.float64)
+    for (subject,) in scored.meets:
+        attributed = open_subject(subject).attributed
+        eye = torch.eye(sum(block.size for block in attributed.blocks), dtype=torch.float64)
+        columns = project(Projection(11, 0, place == LAYERS), attributed.blocks, [Dense(m) for m in unflatten(attributed.blocks, eye)])
+        train = training_gradients(subject)
+        targets = torch.stack([open_subject(subject).train[i][1] for i in range(23)])
+        inputs = torch.stack([open_subject(subject).train[i][0] for i in range(23)])
+        rest = 1 - attributed.model(inputs).softmax(1)[range(23), targets].detach()
+        for P in columns:  # (D, k)
+            phi = train / rest[:, None] @ P
+            curvature = phi.T @ phi / 23 + 1e-3 * torch.eye(P.shape[1], dtype=torch.float64)
+            wanted -= query_gradients(subject) @ P @ torch.linalg.inv(curvature) @ (train @ P).T / 23 / checkpoints
+    assert relative(found[0][place], wanted) < 1e-6
+
+
+def test_a_projection_that_is_fitted_is_not_fitted_again_and_a_half_done_one_is(
+    plan: Plan, found: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    assert len(found) == 2
+    job = next(iter(plan.first.fits.values()))
+    before = objects(job.url)
+    assert set(before) == {"spectra.safetensors", "complete.json"}
+    projection.sum_part((job, 0))
+    projection.finish(job)
+    assert objects(job.url) == before
+    Path(f"{job.url}/complete.json".removeprefix("file://")).unlink()
+    for part in range(job.parts):
+        projection.sum_part((job, part))
+    projection.finish(job)
+    assert objects(job.url) == before
 
 
 def test_random_scores_are_the_same_for_any_shards_and_nothing_else_moves_them(
     plan: Plan, found: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
     wanted = torch.stack([normals(0, query, range(23)) for query in range(5)])
-    assert torch.equal(found[0][1], wanted.float().double())
+    assert torch.equal(found[0][RANDOM], wanted.float().double())
     text = METHODS.replace("shard_size = 6\nquery_block = 3", "shard_size = 5\nquery_block = 2\nbatch_size = 4")
     again = scored(planned(tmp_path / "config", f"{tmp_path}/store", text=text), f"file://{tmp_path}/run")
-    assert torch.equal(again[0][1], found[0][1])
+    assert torch.equal(again[0][RANDOM], found[0][RANDOM])
     other = scored(planned(tmp_path / "config", f"{tmp_path}/store", "seed=1", text=text), f"file://{tmp_path}/other")
-    assert torch.equal(other[0][1], torch.stack([normals(1, query, range(23)) for query in range(5)]).float().double())
+    assert torch.equal(other[0][RANDOM], torch.stack([normals(1, query, range(23)) for query in range(5)]).float().double())
 
 
 def test_random_numbers_are_normal_and_belong_to_their_places() -> None:
@@ -132,12 +196,12 @@ def test_representations_are_compared_where_the_last_layer_or_the_named_one_take
     data = [torch.stack([each[i][0] for i in range(len(each))]) for each in (opened.query, opened.train)]
     query, train = (model[:3](x).detach() for x in data)  # what is given to the last of the four modules
     wanted = -torch.stack([nn.functional.cosine_similarity(q[None], train) for q in query])
-    assert relative(found[0][2], wanted) < 1e-6
-    assert relative(found[0][3], torch.cdist(*data, compute_mode="donot_use_mm_for_euclid_dist")) < 1e-6
+    assert relative(found[0][REPRESENTATION], wanted) < 1e-6
+    assert relative(found[0][L2], torch.cdist(*data, compute_mode="donot_use_mm_for_euclid_dist")) < 1e-6
 
 
 def test_direct_scores_say_nothing_of_layers_or_of_an_example_on_itself(found: tuple[torch.Tensor, torch.Tensor]) -> None:
-    assert torch.isfinite(found[1]).all(1).tolist() == [True, False, False, False, True]
+    assert torch.isfinite(found[1]).all(1).tolist() == [True, False, False, False, True, False, False, False]
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(plan: Plan) -> None:

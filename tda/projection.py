@@ -1,0 +1,160 @@
+"""Random projections of gradients (Johnson & Lindenstrauss): few numbers per example whose inner products are nearly the gradients'.
+
+    phi = P g / sqrt(k),   P (k, D) of signs +-1,   E[phi . phi'] = g . g'
+
+Row r of the signs of block b is the stream of bits that Philox gives for the key (seed, b, r): the same on any device, in any batch and
+for any k. Where P would have more than DENSE entries its rows are outer products, for each block and group of a left (out,) and a right
+(in,) row of signs: phi_r = left_r^T D right_r, the same in expectation and with more spread. Where k is no less than what is projected,
+nothing is: phi = g.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tda.blocks import Block, Pair, example_gradients
+from tda.directions import Direction, dense, take
+from tda.flat import total
+from tda.self_products import GRADIENT_BYTES, part_of
+
+#: Entries of a projection's matrix up to which it is written out: 256 MiB in float32.
+DENSE = 1 << 26
+
+
+@dataclass(frozen=True)
+class Projection:
+    """dim: rows k. seed: of the signs. per_layer: whether every block is projected by itself, and keeps its own curvature."""
+
+    dim: int
+    seed: int
+    per_layer: bool = False
+
+    @property
+    def name(self) -> str:
+        """All but the seed, as text."""
+        return f"{self.dim} per layer" if self.per_layer else str(self.dim)
+
+    @staticmethod
+    def named(name: str, seed: int) -> Projection:
+        """The projection of that name."""
+        return Projection(int(name.split(maxsplit=1)[0]), seed, name.endswith("per layer"))
+
+    def parts(self, blocks: Sequence[Block]) -> list[tuple[int, ...]]:
+        """The numbers of the blocks that are projected together."""
+        return [(b,) for b in range(len(blocks))] if self.per_layer else [tuple(range(len(blocks)))]
+
+    def kind(self, blocks: Sequence[Block], part: Sequence[int]) -> str:
+        """How the gradients of some blocks are projected: "none", "dense" or "outer"."""
+        size = total([blocks[b] for b in part])
+        if size <= self.dim:
+            return "none"
+        return "dense" if self.dim * total(blocks) <= DENSE else "outer"
+
+
+def project_examples(projection: Projection, blocks: Sequence[Block], pairs: Iterable[Sequence[Pair]], batch: int) -> list[Tensor]:
+    """Features (batch, k) of a batch of gradients for each part; pairs: of every block in order, which may be a generator."""
+    parts, found = projection.parts(blocks), dict[int, Tensor]()
+    kinds = {b: projection.kind(blocks, part) for part in parts for b in part}
+    for b, (block, each) in enumerate(zip(blocks, pairs, strict=True)):
+        if each and kinds[b] == "outer":
+            found[b] = sum((_outer_rows(_signs(projection, b, block, each[0].left.dtype), pair) for pair in each), start=torch.zeros(()))
+        elif each:
+            step = max(1, GRADIENT_BYTES // (4 * block.size))
+            some = [[part_of(pair, k, k + step) for pair in each] for k in range(0, batch, step)]
+            found[b] = torch.cat([_flat_rows(projection, b, block, kinds[b], example_gradients(block, p).flatten(1)) for p in some])
+    return [_joined(projection, blocks, part, found, batch) for part in parts]
+
+
+def project(projection: Projection, blocks: Sequence[Block], gradients: Sequence[Direction]) -> list[Tensor]:
+    """Features (query, k) of query gradients for each part."""
+    parts, found = projection.parts(blocks), dict[int, Tensor]()
+    kinds = {b: projection.kind(blocks, part) for part in parts for b in part}
+    queries = len(dense(gradients[0]))
+    for b, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
+        step = max(1, GRADIENT_BYTES // (4 * block.size))
+        each = [dense(take(gradient, slice(k, k + step))) for k in range(0, queries, step)]
+        if kinds[b] == "outer":
+            signs = _signs(projection, b, block, each[0].dtype)
+            found[b] = torch.cat([torch.einsum("qgoi,rgi,rgo->qr", m, signs[1], signs[0]) for m in each])
+        else:
+            found[b] = torch.cat([_flat_rows(projection, b, block, kinds[b], m.flatten(1)) for m in each])
+    return [_joined(projection, blocks, part, found, queries) for part in parts]
+
+
+def lift(projection: Projection, blocks: Sequence[Block], features: Sequence[Tensor]) -> list[Tensor]:
+    """P^T times features (query, k) of each part, back as matrices (query, groups, out, in) block by block: <lift(c), g> = c . phi."""
+    found: list[Tensor] = [torch.empty(0)] * len(blocks)
+    for part, rows in zip(projection.parts(blocks), features, strict=True):
+        kind, start = projection.kind(blocks, part), 0
+        for b in part:
+            block = blocks[b]
+            shape = (len(rows), block.groups, block.out, block.in_)
+            if kind == "none":
+                found[b] = rows[:, start : start + block.size].reshape(shape)
+                start += block.size
+            elif kind == "dense":
+                found[b] = (rows / math.sqrt(projection.dim) @ _matrix(projection, b, block, rows.dtype)).view(shape)
+            else:
+                left, right = _signs(projection, b, block, rows.dtype)
+                each = [torch.einsum("r,rgo,rgi->goi", row, left, right) for row in rows / math.sqrt(projection.dim)]
+                found[b] = torch.stack(each)
+    return found
+
+
+def _joined(projection: Projection, blocks: Sequence[Block], part: Sequence[int], found: dict[int, Tensor], count: int) -> Tensor:
+    """What the blocks of a part give: side by side where nothing is projected, else their sum over sqrt(k)."""
+    like = next(iter(found.values()))
+    if projection.kind(blocks, part) == "none":
+        return torch.cat([found[b] if b in found else like.new_zeros(count, blocks[b].size) for b in part], 1)
+    summed: Tensor = sum((found[b] for b in part if b in found), start=like.new_zeros(count, projection.dim))
+    return summed / math.sqrt(projection.dim)
+
+
+def _flat_rows(projection: Projection, b: int, block: Block, kind: str, rows: Tensor) -> Tensor:
+    return rows if kind == "none" else rows @ _matrix(projection, b, block, rows.dtype).T
+
+
+def _outer_rows(signs: tuple[Tensor, Tensor], pair: Pair) -> Tensor:
+    """sum_t (left_r . l_t) (right_r . r_t) over groups: (batch, k)."""
+    left = torch.einsum("gbto,rgo->gbtr", pair.left, signs[0])
+    right = signs[1][:, 0].T[pair.right][None] if pair.one_hot else torch.einsum("gbti,rgi->gbtr", pair.right, signs[1])
+    return (left * right).sum((0, 2))
+
+
+def _matrix(projection: Projection, b: int, block: Block, dtype: torch.dtype) -> Tensor:
+    """The signs (k, size) of a block."""
+    return _rows(projection, b, block.size, dtype)
+
+
+def _signs(projection: Projection, b: int, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The signs of a block whose rows are outer products: left (k, groups, out), right (k, groups, in)."""
+    sizes = (block.groups * block.out, block.groups * block.in_)
+    left, right = _rows(projection, b, sum(sizes), dtype).split(sizes, 1)
+    return left.reshape(-1, block.groups, block.out), right.reshape(-1, block.groups, block.in_)
+
+
+def _rows(projection: Projection, b: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Signs (k, size) of a block, drawn once for the projection that is at work."""
+    kept = _kept(projection, dtype)
+    if (b, size) not in kept:
+        kept[b, size] = torch.stack([_row(projection.seed, b, r, size, dtype) for r in range(projection.dim)])
+    return kept[b, size]
+
+
+@lru_cache(maxsize=1)
+def _kept(projection: Projection, dtype: torch.dtype) -> dict[tuple[int, int], Tensor]:  # noqa: ARG001  (they are what it is kept by)
+    return {}
+
+
+def _row(seed: int, b: int, r: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Signs (size,): bits of the Philox stream keyed by (seed, block, row)."""
+    stream = np.random.Philox(key=[seed & (2**64 - 1), (b << 32) + r]).random_raw(-(-size // 64))
+    bits = np.unpackbits(np.ascontiguousarray(stream, "<u8").view(np.uint8), count=size, bitorder="little")
+    return torch.from_numpy(bits).to(dtype) * 2 - 1
