@@ -11,9 +11,8 @@ from flows.tables import cell, print_table
 if TYPE_CHECKING:
     import xarray as xr
 
-#: Columns shown where any method has the metric, with whether their interval is shown too.
-COLUMNS = {
-    "single_lds": ("one model", False),
+#: Metrics that do not depend on alpha: their columns, shown where any method has them, and whether with their interval.
+CHECKS = {
     "leave_one_out": ("leave-one-out", True),
     "mislabelled_auc": ("mislabelled AUC", True),
     "retrieval": ("same class", False),
@@ -23,32 +22,41 @@ COLUMNS = {
 
 
 def print_league(data: xr.Dataset) -> None:
-    """Methods by their LDS at the first alpha, of each damping sweep the chosen one alone."""
-    rows = league_rows(data)
-    print_table(rows[0], rows[1:], title=_title(data))
+    """A table per alpha, methods by their LDS, of each damping sweep the chosen one alone; then what does not depend on alpha."""
+    for a in range(data.sizes["alpha"]):
+        head, *rows = league_rows(data, a)
+        print_table(head, rows, title=_title(data, a))
+    head, *rows = check_rows(data)
+    if len(head) > 1:
+        print_table(head, rows, title="Checks")
 
 
-def league_rows(data: xr.Dataset) -> list[list[str]]:
-    """The head and a row per compared method."""
-    alphas = data["alpha"].to_numpy().tolist()
-    league = data["league"].load()
-    order = np.argsort(-league.sel(metric="lds", statistic="estimate").isel(alpha=0).to_numpy(), kind="stable")
-    rows = [m for m in order.tolist() if bool(data["chosen"][m])]
-    further = [name for name in COLUMNS if np.isfinite(league.sel(metric=name, statistic="estimate").to_numpy()[rows]).any()]
-    head = ["method", "damping"]
-    for alpha in alphas:
-        head += [f"LDS at {alpha:g}" if len(alphas) > 1 else "LDS", "of ceiling", "behind the best"]
-    table = [[*head, *(COLUMNS[name][0] for name in further), "seconds"]]
-    for m in rows:
-        family, tried = str(data["family"][m].item()), int((data["family"] == data["family"][m]).sum())
-        damping = str(data["damping"][m].item())
-        row = [family, f"{damping} (of {tried})" if tried > 1 else damping]
-        for a in range(len(alphas)):
-            here = league[m, a]
-            row += [_told(here, "lds", bounds=True), _share(here), _told(here, "behind", bounds=True)]
-        row += [_told(league[m, 0], name, bounds=COLUMNS[name][1]) for name in further]
-        table.append([*row, cell(float(data["compute"][m]))])
+def league_rows(data: xr.Dataset, a: int) -> list[list[str]]:
+    """The head and a row per compared method, at one alpha."""
+    many = bool(np.isfinite(data["league"].sel(metric="single_lds", statistic="estimate")).any())
+    table = [["method", "damping", "LDS", "of ceiling", "behind the best", *(["one model"] if many else []), "seconds"]]
+    for m in _order(data, a):
+        row, family = data["league"][m, a], str(data["family"][m].item())
+        tried, damping = int((data["family"] == family).sum()), str(data["damping"][m].item())
+        behind = _told(row, "behind", bounds=True) if float(row.sel(metric="behind", statistic="estimate")) else ""
+        some = [family, f"{damping} (of {tried})" if tried > 1 else damping, _told(row, "lds", bounds=True), _share(row), behind]
+        table.append([*some, *([_told(row, "single_lds", bounds=False)] if many else []), cell(float(data["compute"][m]))])
     return table
+
+
+def check_rows(data: xr.Dataset) -> list[list[str]]:
+    """The head and a row per compared method, with the metrics that any of them has."""
+    order = _order(data, 0)
+    league = data["league"][:, 0]
+    here = [name for name in CHECKS if np.isfinite(league.sel(metric=name, statistic="estimate").to_numpy()[order]).any()]
+    table = [["method", *(CHECKS[name][0] for name in here)]]
+    return table + [[str(data["family"][m].item()), *(_told(league[m], name, bounds=CHECKS[name][1]) for name in here)] for m in order]
+
+
+def _order(data: xr.Dataset, a: int) -> list[int]:
+    """The compared methods, the best first."""
+    order = np.argsort(-data["league"][:, a].sel(metric="lds", statistic="estimate").to_numpy(), kind="stable")
+    return [m for m in order.tolist() if bool(data["chosen"][m])]
 
 
 def _told(row: xr.DataArray, metric: str, *, bounds: bool) -> str:
@@ -63,10 +71,9 @@ def _share(row: xr.DataArray) -> str:
     return "" if np.isnan(share) else f"{share:.0%}"
 
 
-def _title(data: xr.Dataset) -> str:
-    reported = int((~data["tuning_query"].to_numpy()).sum())
-    made = data.attrs["retrained"]
-    some = data["ceiling"].to_numpy()[:, ~data["tuning_query"].to_numpy()].mean(1)
-    tops = ", ".join(f"{top:.3f} at {alpha:g}" for alpha, top in zip(data["alpha"].to_numpy().tolist(), some.tolist(), strict=True))
-    ceiling = f"noise ceiling {tops}" if np.isfinite(some).all() else "noise ceiling not known"
-    return f"LDS over {made['subsets']} subsets x {made['seeds']} models, mean over {reported} reported queries; {ceiling}"
+def _title(data: xr.Dataset, a: int) -> str:
+    reported, made = ~data["tuning_query"].to_numpy(), data.attrs["retrained"]
+    top = float(data["ceiling"].to_numpy()[a, reported].mean())
+    ceiling = f"noise ceiling {top:.3f}" if np.isfinite(top) else "noise ceiling not known"
+    subsets = f"{made['subsets']} subsets of {float(data['alpha'][a]):.0%} x {made['seeds']} models"
+    return f"LDS over {subsets}, mean over {int(reported.sum())} reported queries; {ceiling}"

@@ -1,7 +1,7 @@
 """How well each method's scores predict retraining: one task per method, its numbers in one object.
 
-    <run>/evaluation/<fingerprint>/parts/<method>.safetensors    numbers of one method; gone when all is written
-    <run>/evaluation/<fingerprint>/complete.json                 last
+<run>/evaluation/<fingerprint>/parts/<method>.safetensors    numbers of one method; gone when all is written
+<run>/evaluation/<fingerprint>/complete.json                 last
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def measure(task: tuple[Evaluation, int]) -> dict[str, Any]:
     started = time.perf_counter()
     if not (location.exists(job.part(method)) or layout.is_complete(job.url)):
         numbers = _measured(job, given(job), method)
-        write_tensors(job.part(method), {name: torch.from_numpy(np.ascontiguousarray(value, np.float64)) for name, value in numbers.items()})
+        write_tensors(
+            job.part(method), {name: torch.from_numpy(np.ascontiguousarray(value, np.float64)) for name, value in numbers.items()}
+        )
     return {"seconds": time.perf_counter() - started}
 
 

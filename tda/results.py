@@ -211,7 +211,9 @@ class Run:
         """
         names = self.manifest.get("solves", {})
         if method not in names:
-            raise NotStored(f"run {self.id} has no solve of {method!r}; cg, sni, astra and astra_source store it (it has {', '.join(names)})")
+            raise NotStored(
+                f"run {self.id} has no solve of {method!r}; cg, sni, astra and astra_source store it (it has {', '.join(names)})"
+            )
         url = location.join(self.url, "solves.zarr")
         group = location.open_group(url)
         schema.check_version(group.attrs, url)
@@ -230,8 +232,10 @@ class Run:
 
     @property
     def evaluation(self) -> xr.Dataset:
-        """How the scores compare with retraining, lazily: masks (alpha, subset, train), measurement (alpha, subset, seed, query),
-        lds (method, alpha, query), interval, ceiling, league and more (docs/evaluation.md); of the latest `tda evaluate` of this run.
+        """How the scores compare with retraining, of the latest `tda evaluate` of this run, lazily.
+
+        masks (alpha, subset, train), measurement (alpha, subset, seed, query), lds (method, alpha, query), interval, ceiling, league, and
+        more: docs/evaluation.md.
 
         Raises:
             NotStored: the run was not evaluated.

@@ -173,10 +173,14 @@ _RETRAINING = (
 _EVALUATION = (
     ArraySpec("lds", ("method", "alpha", "query"), _WIDE, "linear datamodelling score of a query", fill=_NAN),
     ArraySpec("interval", ("method", "alpha", "bound"), _WIDE, "95% bootstrap interval of the mean LDS over reported queries", fill=_NAN),
-    ArraySpec("ceiling", ("alpha", "query"), _WIDE, "the LDS that a perfect prediction would reach, by split halves of the seeds", fill=_NAN),
+    ArraySpec(
+        "ceiling", ("alpha", "query"), _WIDE, "the LDS that a perfect prediction would reach, by split halves of the seeds", fill=_NAN
+    ),
     ArraySpec("lds_draws", ("method", "alpha", "draw"), _WIDE, "mean LDS over reported queries of a resample of the subsets", fill=_NAN),
     ArraySpec("member_lds", ("member", "method", "alpha", "query"), _WIDE, "LDS of one model of an ensemble", fill=_NAN),
-    ArraySpec("league", ("method", "alpha", "metric", "statistic"), _WIDE, "a metric over reported queries, and its 95% interval", fill=_NAN),
+    ArraySpec(
+        "league", ("method", "alpha", "metric", "statistic"), _WIDE, "a metric over reported queries, and its 95% interval", fill=_NAN
+    ),
     ArraySpec("tuning_query", ("query",), ("bool",), "whether a query served to choose dampings, and is not reported", fill=False),
     ArraySpec("chosen", ("method",), ("bool",), "whether a method is the best of its damping sweep on the tuning queries", fill=False),
     ArraySpec("family", ("method",), _TEXT, "label of the sweep that a method belongs to", fill=""),
