@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import tda
 from tasks import layout
 from tasks.retraining import RetrainJob, Truth, load_truth
 from tasks.tensors import read_tensors, write_tensors
@@ -58,7 +59,8 @@ class Evaluation:
 
 def plan(run: Run, truth: str, alone: str, families: Sequence[str], options: str) -> Evaluation:
     """The evaluation with its place in the run."""
-    mark = fingerprint("evaluation", run=run.id, truth=truth, alone=alone, families=list(families), options=json.loads(options))
+    names = [url.rpartition("/")[2] for url in (truth, alone)]
+    mark = fingerprint("evaluation", run=run.id, truth=names, families=list(families), options=json.loads(options), version=tda.__version__)
     return Evaluation(location.join(run.url, "evaluation", mark), run.url, truth, alone, tuple(families), options)
 
 

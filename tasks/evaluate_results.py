@@ -16,7 +16,7 @@ from tasks import layout
 from tasks.evaluate import Evaluation, Given, Numbers, ceilings, given
 from tasks.evaluate_cost import compute_seconds
 from tda import location, schema
-from tda.evaluation.checks import mean_interval
+from tda.evaluation.checks import auc, mean_interval
 from tda.evaluation.lds import interval
 from tda.results import Run
 
@@ -245,9 +245,9 @@ def manifest(job: Evaluation, found: Found, created: str, timings: dict[str, Any
 
 def _auc_of_loss(known: Given) -> float:
     """What the training loss alone finds: a mislabelled example that the model has not learnt has a large one."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(known.wrong, known.run.train_loss.to_numpy()))
+    assert known.wrong is not None
+    loss = known.run.train_loss.to_numpy()
+    return float(auc(loss[known.wrong], loss[~known.wrong]))
 
 
 def complete(job: Evaluation, manifest: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 from tda.evaluation.lds import Interval, spearman
 from tda.results import ranking
@@ -30,15 +30,19 @@ def detect(own: np.ndarray, wrong: np.ndarray, inspected: np.ndarray, *, draws: 
     own (train,): self-influence in the library's sign, never positive. wrong (train,) bool. inspected (inspected,): values of k; ties at
     the k-th place count by their share. The interval resamples right and wrong examples apart.
     """
-    suspicion = -own
-    random, places = np.random.Generator(np.random.Philox(seed)), [np.flatnonzero(wrong), np.flatnonzero(~wrong)]
-    resampled = []
-    for _ in range(draws):
-        some = np.concatenate([random.choice(part, len(part)) for part in places])
-        resampled.append(float(roc_auc_score(wrong[some], suspicion[some])))
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    auc = float(roc_auc_score(wrong, suspicion))
-    return Detection(auc, Interval(float(low), float(high)), np.array([_precision(suspicion, wrong, int(k)) for k in inspected]))
+    suspicion, random = -own, np.random.Generator(np.random.Philox(seed))
+    drawn = [random.choice(np.flatnonzero(side), (draws, int(side.sum()))) for side in (wrong, ~wrong)]
+    low, high = np.quantile(auc(*(suspicion[places] for places in drawn)), [0.025, 0.975])
+    estimate = float(auc(suspicion[wrong], suspicion[~wrong]))
+    return Detection(estimate, Interval(float(low), float(high)), np.array([_precision(suspicion, wrong, int(k)) for k in inspected]))
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve along the last axis: how often a positive (..., p) exceeds a negative (..., n), ties counting half."""
+    count = positive.shape[-1]
+    ranks = rankdata(np.concatenate([positive, negative], -1), axis=-1)[..., :count].sum(-1)
+    found: np.ndarray = (ranks - count * (count + 1) / 2) / (count * negative.shape[-1])
+    return found
 
 
 def _precision(suspicion: np.ndarray, wrong: np.ndarray, k: int) -> float:
