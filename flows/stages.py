@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from distributed import Client, Future
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -16,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.progress import Progress
 from infra import storage
 from infra.cluster import ShardFailed, run_shards
-from tasks import dense, directions, ensemble, factors, layout, plan, prepare, projection, publish, scores, subject, training
+from tasks import dense, directions, ensemble, factors, layout, plan, prepare, projection, publish, retraining, scores, subject, training
 from tda import location
 from tda.errors import InputError
 
@@ -107,6 +108,8 @@ def fit(job: plan.FitJob) -> bool:
                 _fit_factors(job)
             elif isinstance(job, projection.ProjectionJob):
                 _fit_projection(job)
+            elif isinstance(job, retraining.RetrainJob):
+                retrain(job, "retrain (dtda)")
             else:
                 _fit_spectra(job)
     except ShardFailed:
@@ -141,6 +144,16 @@ def _fit_projection(job: projection.ProjectionJob) -> None:
     run = _SESSION.get().shards
     run(projection.sum_part, [(job, part) for part in range(job.parts)], "projected gradients")
     run(projection.finish, [job], "finish projection")
+
+
+def retrain(job: retraining.RetrainJob, stage: str, masks: np.ndarray[Any, Any] | None = None) -> None:
+    """Train every model of a ground truth that is not there yet. masks: of subsets that were chosen."""
+    session = here()
+    retraining.create(job, masks)
+    if job.alone:
+        session.progress.say(f"models are retrained one by one: {job.alone}")
+    session.shards(retraining.retrain_piece, retraining.pieces(job), stage)
+    session.shards(retraining.finish, [job], f"finish {stage}")
 
 
 @_stage

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from tasks import dense, projection
+from tasks import dense, projection, retraining
 from tasks.factors import fitted
 from tasks.subject import Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
@@ -77,7 +77,9 @@ class DirectionJob:
 
 
 def load_fit(fit: Fit, url: str, subject: Subject) -> tuple[Any, ...]:
-    """A completed fit: one Factor per block, or the Spectra of a dense one or of projected gradients."""
+    """A completed fit: one Factor per block, the Spectra of a dense one or of projected gradients, or the Truth of a retraining."""
+    if fit.kind == "retraining":
+        return truth(url)
     if fit.kind == "projection":
         return projection.load(url)
     return fitted(url, subject) if fit.kind == "kronecker" else spectra(url)
@@ -87,6 +89,12 @@ def load_fit(fit: Fit, url: str, subject: Subject) -> tuple[Any, ...]:
 def spectra(url: str) -> tuple[Any, ...]:
     """The spectra of a completed dense fit, kept for the next task of the same worker."""
     return tuple(dense.load_spectra(url))
+
+
+@lru_cache(maxsize=1)
+def truth(url: str) -> tuple[Any, ...]:
+    """What retrained models measure, kept likewise."""
+    return (retraining.load_truth(url),)
 
 
 def curvature_of(job: DirectionJob) -> list[tuple[Any, ...]]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from tasks import layout
+from tasks import layout, retraining
 from tasks.dense import DenseJob
 from tasks.directions import DirectionJob
 from tasks.factors import FactorJob
 from tasks.prepare import Inputs, Request
 from tasks.projection import ProjectionJob
+from tasks.retraining import RetrainJob
 from tasks.scores import CHUNK_QUERIES, Scored, ScoreJob
 from tasks.subject import Subject, open_subject, read_checkpoint
 from tasks.tensors import write_tensors
@@ -27,9 +29,9 @@ from tda.projection import Projection
 from tda.schema import SIGN
 from tda.trajectory import Segment, average, cut
 
-FitJob = FactorJob | DenseJob | ProjectionJob
+FitJob = FactorJob | DenseJob | ProjectionJob | RetrainJob
 #: What a fit's artifact is called, by the class of its job.
-ARTIFACTS = {FactorJob: "factors", DenseJob: "spectra", ProjectionJob: "projections"}
+ARTIFACTS = {FactorJob: "factors", DenseJob: "spectra", ProjectionJob: "projections", RetrainJob: "retraining"}
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,9 @@ class _Cutter:
             subject = replace(self.subject, dtype="float64")
             key = fingerprint("spectra", curvature=fit.of, **self._common(self.subject) | {"dtype": "float64", "products": "full"})
             return DenseJob(layout.artifact(store, "spectra", key), subject, fit.of, examples, self.batch)  # type: ignore[arg-type]
+        if fit.kind == "retraining":
+            asked, seen = self.request.subject, self.subject.inputs
+            return _retraining(store, asked.problem, asked.options, fit.of, self.request.seed, asked.dtype, seen)
         subjects: tuple[Subject, ...] = (self.subject,)
         if fit.segment is not None:
             subjects = (unrolled.averages[fit.segment],) if unrolled.averages else unrolled.checkpoints[fit.segment]
@@ -221,6 +226,17 @@ class _Cutter:
         if not location.exists(url):
             write_tensors(url, average([read_checkpoint(s.checkpoint) for s in subjects]))
         return self._at(url)
+
+
+@lru_cache(maxsize=8)
+def _retraining(store: str, problem: str, options: str, of: str, seed: int, dtype: str, seen: str) -> RetrainJob:  # noqa: ARG001
+    """The same for all members of an ensemble; `seen`, of the data, keeps other data apart.
+
+    Its seeds are below 0, and so no evaluation's: what scores are judged by is not what they are learnt from.
+    """
+    alpha, subsets, seeds = of.split()
+    job = RetrainJob("", problem, options, (float(alpha),), int(subsets), int(seeds), -1 - seed, dtype)
+    return retraining.plan(store, job)
 
 
 def stated(plan: Plan) -> dict[str, Any]:

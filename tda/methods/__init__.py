@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from tda.errors import InputError
 from tda.methods.astra_source import AstraSource
 from tda.methods.datainf import DataInf
+from tda.methods.dtda import Dtda
 from tda.methods.ekfac import EKFAC
 from tda.methods.gradcos import GradCos
 from tda.methods.graddot import GradDot
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
     "tracin": TracIn,
     "trak": Trak,
     "datainf": DataInf,
+    "dtda": Dtda,
     "random": Random,
     "representation": Representation,
 }

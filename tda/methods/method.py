@@ -37,6 +37,8 @@ class Method(BaseModel):
     #: Whether its directions depend on the run's seed, and what is drawn by it.
     stochastic: ClassVar[bool] = False
     noise: ClassVar[str] = "mini-batches of the training examples, keyed by the run's seed; the residuals of its solve are stored"
+    #: Whether its scores depend on the weights of the checkpoint.
+    of_weights: ClassVar[bool] = True
     #: Whether scores are divided by the norms of both gradients.
     cosine: ClassVar[bool] = False
     unit: ClassVar[str] = INFLUENCE_UNIT

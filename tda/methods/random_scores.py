@@ -27,6 +27,7 @@ class Random(Method):
     name: Literal["random"] = "random"
     stochastic: ClassVar[bool] = True
     noise: ClassVar[str] = "everything: its scores are standard normal, keyed by the run's seed, the query and the training example"
+    of_weights: ClassVar[bool] = False
     unit: ClassVar[str] = "standard normal, no unit"
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:

@@ -7,12 +7,12 @@ from flows.attribute import request_of
 from flows.config import load_config
 from tasks import factors, layout, prepare, training
 from tasks import plan as plans
-from tests.flows.runs import CONFIG, write_config
+from tests.flows.runs import CONFIG, PROBLEM, write_config
 
 
-def planned(folder: Path, store: str, *overrides: str, text: str = CONFIG) -> plans.Plan:
+def planned(folder: Path, store: str, *overrides: str, text: str = CONFIG, problem: str = PROBLEM) -> plans.Plan:
     """A trained checkpoint in the store, and the plan of the run."""
-    request = request_of(load_config(write_config(folder, text), overrides, store))
+    request = request_of(load_config(write_config(folder, text, problem), overrides, store))
     inputs = prepare.examine(request)
     if not request.subject.checkpoint:
         for seed in plans.seeds(request):

@@ -8,18 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from tasks import directions, layout, projection, scores
+from tasks import directions, layout, projection, retraining, scores
 from tasks.plan import Plan
 from tasks.subject import open_subject
 from tasks.training import read_trajectory
 from tda import location
 from tda.directions import Dense
 from tda.errors import InputError
+from tda.evaluation.retraining import retrain
 from tda.flat import unflatten
 from tda.methods import parse
 from tda.methods.random_scores import normals
 from tda.projection import Projection, project
-from tests.flows.runs import objects
+from tests.flows.runs import PROBLEM, objects
 from tests.tasks.jobs import planned
 from tests.tasks.test_directions import training_gradients
 from tests.tda.pipeline import relative
@@ -58,16 +59,29 @@ label = "layers"
 projection_dim = 11
 scope = "layer"
 damping = 1e-3
+[[methods]]
+name = "dtda"
+alpha = 0.4
+subsets = 12
+seeds = 2
 """
-RANDOM, REPRESENTATION, L2, TRACIN, TRAK, TRAK2, LAYERS = range(1, 8)
+# A `fit` that trains on any subset.
+SUBSETS = PROBLEM.replace("dataset.x[i], dataset.y[i]", "dataset[i]")
+RANDOM, REPRESENTATION, L2, TRACIN, TRAK, TRAK2, LAYERS, DTDA = range(1, 9)
 
 
 def scored(plan: Plan, url: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Influence (method, query, train) and self-influence (method, train), by a run's tasks."""
     for fit in plan.first.fits.values():
-        for part in reversed(range(fit.parts)):
-            projection.sum_part((fit, part))
-        projection.finish(fit)
+        if isinstance(fit, projection.ProjectionJob):
+            for part in reversed(range(fit.parts)):
+                projection.sum_part((fit, part))
+            projection.finish(fit)
+        else:
+            retraining.create(fit)
+            for piece in retraining.pieces(fit):
+                retraining.retrain_piece(piece)
+            retraining.finish(fit)
     job = plan.placed(url).first.scores
     for each in job.methods:
         if not layout.is_complete(each.directions.url):
@@ -86,7 +100,7 @@ def scored(plan: Plan, url: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("run")
-    return planned(folder / "config", f"{folder}/store", text=METHODS)
+    return planned(folder / "config", f"{folder}/store", text=METHODS, problem=SUBSETS)
 
 
 @pytest.fixture(scope="module")
@@ -166,15 +180,34 @@ def test_a_projection_that_is_fitted_is_not_fitted_again_and_a_half_done_one_is(
     assert objects(job.url) == before
 
 
+def test_the_mean_shift_is_that_of_models_trained_with_and_without_the_example(
+    plan: Plan, found: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    (job,) = (fit for fit in plan.first.fits.values() if isinstance(fit, retraining.RetrainJob))
+    assert (job.alphas, job.subsets, job.seeds) == ((0.4,), 12, 2)
+    assert job.seed < 0  # no evaluation's
+    problem = open_subject(plan.first.subject).attributed.problem
+    truth = retraining.load_truth(job.url)
+    for query, i in ((0, 0), (3, 7), (4, 22)):
+        having: dict[bool, list[float]] = {True: [], False: []}
+        for mask, seeds in zip(truth.masks[0], truth.training_seed[0], strict=True):
+            each = [retrain(problem, problem.train_data(), np.flatnonzero(mask).tolist(), int(seed)) for seed in seeds]
+            x, y = problem.query_data()[query]
+            losses = [nn.functional.cross_entropy(model(x[None]), y[None]).item() for model in each]
+            having[bool(mask[i])].append(float(np.mean(losses)))
+        wanted = 0.4 * (np.mean(having[True]) - np.mean(having[False]))
+        assert float(found[0][DTDA][query, i]) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_random_scores_are_the_same_for_any_shards_and_nothing_else_moves_them(
     plan: Plan, found: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
     wanted = torch.stack([normals(0, query, range(23)) for query in range(5)])
     assert torch.equal(found[0][RANDOM], wanted.float().double())
     text = METHODS.replace("shard_size = 6\nquery_block = 3", "shard_size = 5\nquery_block = 2\nbatch_size = 4")
-    again = scored(planned(tmp_path / "config", f"{tmp_path}/store", text=text), f"file://{tmp_path}/run")
+    again = scored(planned(tmp_path / "config", f"{tmp_path}/store", text=text, problem=SUBSETS), f"file://{tmp_path}/run")
     assert torch.equal(again[0][RANDOM], found[0][RANDOM])
-    other = scored(planned(tmp_path / "config", f"{tmp_path}/store", "seed=1", text=text), f"file://{tmp_path}/other")
+    other = scored(planned(tmp_path / "config", f"{tmp_path}/store", "seed=1", text=text, problem=SUBSETS), f"file://{tmp_path}/other")
     assert torch.equal(other[0][RANDOM], torch.stack([normals(1, query, range(23)) for query in range(5)]).float().double())
 
 
@@ -201,7 +234,7 @@ def test_representations_are_compared_where_the_last_layer_or_the_named_one_take
 
 
 def test_direct_scores_say_nothing_of_layers_or_of_an_example_on_itself(found: tuple[torch.Tensor, torch.Tensor]) -> None:
-    assert torch.isfinite(found[1]).all(1).tolist() == [True, False, False, False, True, False, False, False]
+    assert torch.isfinite(found[1]).all(1).tolist() == [True, False, False, False, True, False, False, False, False]
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(plan: Plan) -> None:
