@@ -178,12 +178,7 @@ def retrain(job: RetrainJob, stage: str, masks: np.ndarray[Any, Any] | None = No
     """Train every model of a ground truth that is not there yet; True where an earlier evaluation had."""
     if layout.is_complete(job.url):
         return True
-    session = stages.here()
-    retraining.create(job, masks)
-    if job.alone:
-        session.progress.say(f"models are retrained one by one: {job.alone}")
-    session.shards(retraining.retrain_piece, retraining.pieces(job), stage)
-    session.shards(retraining.finish, [job], f"finish {stage}")
+    stages.retrain(job, stage, masks)
     return False
 
 
@@ -197,7 +192,7 @@ def _randomised(config: RunConfig, ready: _Ready, job: Evaluation, chosen: Seque
     """Score an untrained model by the chosen methods that need no training, in a store of its own inside the store."""
     tables = [swept.table for swept in expand(config.methods)]
     methods = parse_all(tables)
-    kept = [tables[m] for m in chosen if methods[m].meets == "final"]
+    kept = [tables[m] for m in chosen if methods[m].meets == "final" and methods[m].of_weights]
     if not kept:
         return None
     options = json.dumps(config.problem_options, sort_keys=True)

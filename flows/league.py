@@ -40,7 +40,7 @@ def league_rows(data: xr.Dataset, a: int) -> list[list[str]]:
         tried, damping = int((data["family"] == family).sum()), str(data["damping"][m].item())
         behind = _told(row, "behind", bounds=True) if float(row.sel(metric="behind", statistic="estimate")) else ""
         some = [family, f"{damping} (of {tried})" if tried > 1 else damping, _told(row, "lds", bounds=True), _share(row), behind]
-        table.append([*some, *([_told(row, "single_lds", bounds=False)] if many else []), cell(float(data["compute"][m]))])
+        table.append([*some, *([_told(row, "single_lds", bounds=False)] if many else []), cell(float(data["seconds"][m]))])
     return table
 
 

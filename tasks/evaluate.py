@@ -78,10 +78,9 @@ def examine(options: dict[str, Any], families: Sequence[str], job: RetrainJob) -
 
 def wrong_labels(problem: Problem, examples: int) -> _Array | None:
     """(train,) bool, where the problem says which training labels are wrong, and some are and some are not."""
-    said = getattr(problem, "mislabelled", None)
-    if said is None:
+    if problem.mislabelled is None:
         return None
-    wrong = np.asarray(said, bool)
+    wrong = np.asarray(problem.mislabelled, bool)
     if wrong.shape != (examples,):
         raise InputError(f"mislabelled of the problem has shape {wrong.shape}; it must be ({examples},), one value per training example")
     return wrong if wrong.any() and not wrong.all() else None

@@ -16,6 +16,9 @@ from tda.methods import parse_all
 from tda.methods.sweep import expand
 from tda.results import Run
 
+#: What the artifacts of fits are called.
+_KINDS = {"kronecker": "factors", "dense": "spectra", "projection": "projections", "retraining": "retraining"}
+
 
 def compute_seconds(run: Run) -> np.ndarray[Any, Any]:
     """(method,) seconds over all models of an ensemble; NaN where an artifact does not say what it took."""
@@ -26,7 +29,7 @@ def compute_seconds(run: Run) -> np.ndarray[Any, Any]:
     for member in members:
         for m, method in enumerate(methods):
             for fit in method.fits:
-                kind = "factors" if fit.kind == "kronecker" else "spectra"
+                kind = _KINDS[fit.kind]
                 found = member.get(kind, {})
                 total[m] += _priced(run, kind, found.get(f"{fit.key}, {method.title}", found.get(fit.key, "")))
             total[m] += _priced(run, "directions", member["directions"].get(method.title, ""))

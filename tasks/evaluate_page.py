@@ -99,7 +99,7 @@ def _row(data: xr.Dataset, m: int, a: int) -> dict[str, Any]:
         "of_ceiling": float(row.sel(metric="of_ceiling", statistic="estimate")),
         "behind": told(_entry(row, family, "behind")) if float(row.sel(metric="behind", statistic="estimate")) else "",
         "single": float(row.sel(metric="single_lds", statistic="estimate")),
-        "seconds": float(data["compute"][m]),
+        "seconds": float(data["seconds"][m]),
     }
 
 
@@ -141,7 +141,7 @@ def _costs(data: xr.Dataset, order: list[int], top: float) -> Plot | None:
     """LDS at the first alpha against seconds."""
     curves = []
     for colour, m in enumerate(order):
-        spent, name = float(data["compute"][m]), str(data["family"][m].item())
+        spent, name = float(data["seconds"][m]), str(data["family"][m].item())
         if math.isfinite(spent) and spent > 0:
             entry = _entry(data["league"][m, 0], f"{name}, {seconds(spent)}", "lds")
             curves.append(Curve(name, [spent], [entry], colour=colour))

@@ -94,7 +94,7 @@ def _arrays(job: Evaluation, known: Given, found: Found) -> dict[str, _Array]:
         "chosen": np.isin(np.arange(len(numbers)), found.chosen),
         "family": np.array(job.families),
         "damping": np.array([_damping(run, method) for method in run.methods]),
-        "compute": compute_seconds(run),
+        "seconds": compute_seconds(run),
     }
     if "member_lds" in numbers[0]:
         arrays["member_lds"] = np.stack([each["member_lds"] for each in numbers], 1)
@@ -209,7 +209,7 @@ def _csv(arrays: dict[str, _Array]) -> str:
     for a, alpha in enumerate(arrays["alpha"].tolist()):
         for m in np.argsort(-league[:, a, 0, 0], kind="stable").tolist():
             head = [arrays["method"][m], arrays["family"][m], bool(arrays["chosen"][m]), arrays["damping"][m], alpha]
-            values = [arrays["compute"][m], *league[m, a].ravel()]
+            values = [arrays["seconds"][m], *league[m, a].ravel()]
             writer.writerow([*head, *("" if np.isnan(v) else f"{v:.6g}" for v in values)])
     return into.getvalue()
 

@@ -46,7 +46,7 @@ def open_evaluation(run_url: str) -> xr.Dataset:
     store = run_url.rpartition("/")[0].rpartition("/")[0]
     url = location.join(store, "artifacts", "retraining", manifest["retraining"], "truth.zarr")
     data.update(_opened(url)[list(_TRUTH)])
-    data.attrs.update({key: manifest[key] for key in ("created", "options", "chosen", "mislabelled", "retrained", "notes")})
+    data.attrs.update({key: manifest[key] for key in ("created", "folder", "options", "chosen", "mislabelled", "retrained", "notes")})
     return data
 
 

@@ -39,6 +39,8 @@ class Problem(ABC):
     likelihood: ClassVar[Likelihood]
     #: Which direction of the measurement is good news: decides what "helpful" means.
     better: Literal["lower", "higher"] = "lower"
+    #: (train,) bool: which training labels are known to be wrong; None where nothing is known. An evaluation asks how well they are found.
+    mislabelled: Any = None
 
     @abstractmethod
     def model(self) -> nn.Module:

@@ -185,7 +185,7 @@ _EVALUATION = (
     ArraySpec("chosen", ("method",), ("bool",), "whether a method is the best of its damping sweep on the tuning queries", fill=False),
     ArraySpec("family", ("method",), _TEXT, "label of the sweep that a method belongs to", fill=""),
     ArraySpec("damping", ("method",), _TEXT, "damping as configured; empty where a method has none", fill=""),
-    ArraySpec("compute", ("method",), _WIDE, "work of fits, directions and the method's part of the scoring", "seconds", fill=_NAN),
+    ArraySpec("seconds", ("method",), _WIDE, "work of fits, directions and the method's part of the scoring", "seconds", fill=_NAN),
     ArraySpec("leave_one_out", ("method", "query"), _WIDE, "rank correlation with the effects of single examples", fill=_NAN),
     ArraySpec("leave_one_out_ceiling", ("query",), _WIDE, "what a perfect prediction of them would reach", fill=_NAN),
     ArraySpec("effect", ("left_out", "repeat", "query"), _WIDE, "f(everything) - f(all but one example)", UNITS, SIGN, _NAN),
