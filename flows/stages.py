@@ -69,11 +69,11 @@ def here() -> Session:
     return _SESSION.get()
 
 
-@contextmanager
-def _priced(url: str) -> Iterator[None]:
-    """Write down beside an artifact how many seconds of work it took, for those who compare methods; of the last try alone."""
-    before = here().spent
-    yield
+def _price(url: str, before: float) -> None:
+    """Write down beside an artifact that is about to be complete what it took, in seconds of work, for those who compare methods.
+
+    before: `Session.spent` when it was begun, so that work of an interrupted try is not counted.
+    """
     storage.write_json(location.join(url, "seconds.json"), {"compute": here().spent - before})
 
 
@@ -103,15 +103,14 @@ def fit(job: plan.FitJob) -> bool:
         storage.delete_tree(location.join(job.url, "partial"))  # left where a run was killed right after its fit was complete
         return True
     try:
-        with _priced(job.url):
-            if isinstance(job, factors.FactorJob):
-                _fit_factors(job)
-            elif isinstance(job, projection.ProjectionJob):
-                _fit_projection(job)
-            elif isinstance(job, retraining.RetrainJob):
-                retrain(job, "retrain (dtda)")
-            else:
-                _fit_spectra(job)
+        if isinstance(job, factors.FactorJob):
+            _fit_factors(job)
+        elif isinstance(job, projection.ProjectionJob):
+            _fit_projection(job)
+        elif isinstance(job, retraining.RetrainJob):
+            retrain(job, "retrain (dtda)")
+        else:
+            _fit_spectra(job)
     except ShardFailed:
         # Another run at work on the same fit (or a worker that outlived a killed one) sweeps the partial sums once it is done.
         if not layout.is_complete(job.url):
@@ -120,7 +119,7 @@ def fit(job: plan.FitJob) -> bool:
 
 
 def _fit_factors(job: factors.FactorJob) -> None:
-    run, kind = _SESSION.get().shards, job.fisher
+    run, kind, before = here().shards, job.fisher, here().spent
     factors.create_factors(job)
     for sums, label in (("covariance", "covariances"), ("eigenvalues", "eigenvalues")):
         run(factors.sum_shard, [factors.Node(job, sums, 0, part) for part in range(job.parts)], f"{label} ({kind})")  # type: ignore[arg-type]
@@ -129,30 +128,34 @@ def _fit_factors(job: factors.FactorJob) -> None:
         if sums == "covariance":
             count = len(subject.open_subject(job.subject).attributed.blocks)
             run(factors.decompose_layer, [(job, layer) for layer in range(count)], f"eigendecompositions ({kind})")
+    _price(job.url, before)
     run(factors.finish_factors, [job], f"finish factors ({kind})")
 
 
 def _fit_spectra(job: dense.DenseJob) -> None:
-    run, kind = _SESSION.get().shards, job.curvature
+    run, kind, before = here().shards, job.curvature, here().spent
     dense.create(job)
     run(dense.rows, dense.row_tasks(job), f"matrix ({kind})")
     run(dense.decompose, dense.decompose_tasks(job), f"eigendecomposition ({kind})")
+    _price(job.url, before)
     run(dense.finish, [job], f"finish spectra ({kind})")
 
 
 def _fit_projection(job: projection.ProjectionJob) -> None:
-    run = _SESSION.get().shards
+    run, before = here().shards, here().spent
     run(projection.sum_part, [(job, part) for part in range(job.parts)], "projected gradients")
+    _price(job.url, before)
     run(projection.finish, [job], "finish projection")
 
 
 def retrain(job: retraining.RetrainJob, stage: str, masks: np.ndarray[Any, Any] | None = None) -> None:
     """Train every model of a ground truth that is not there yet. masks: of subsets that were chosen."""
-    session = here()
+    session, before = here(), here().spent
     retraining.create(job, masks)
     if job.alone:
         session.progress.say(f"models are retrained one by one: {job.alone}")
     session.shards(retraining.retrain_piece, retraining.pieces(job), stage)
+    _price(job.url, before)
     session.shards(retraining.finish, [job], f"finish {stage}")
 
 
@@ -161,9 +164,9 @@ def make_directions(job: directions.DirectionJob) -> bool:
     """Make the queries' directions under one method; True where an earlier run had."""
     if layout.is_complete(job.url):
         return True
-    title = job.parsed().title
-    with _priced(job.url):
-        _SESSION.get().shards(directions.make_directions, [(job, block) for block in range(job.blocks)], f"directions ({title})")
+    title, before = job.parsed().title, here().spent
+    here().shards(directions.make_directions, [(job, block) for block in range(job.blocks)], f"directions ({title})")
+    _price(job.url, before)
     directions.finish(job)
     return False
 

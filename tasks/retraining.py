@@ -171,7 +171,9 @@ def create(job: RetrainJob, chosen: np.ndarray | None = None) -> None:
     group = location.open_group(job.zarr, "a")
     group.attrs.update({"schema_version": schema.SCHEMA_VERSION, "alone": job.alone})
     layout.ensure_array(group, "measurement", (*shape, len(query)), (1, *job.chunk, len(query)))
-    masks = chosen[None] if chosen is not None else np.stack([subsets.masks(len(train), alpha, job.subsets, job.seed) for alpha in job.alphas])
+    masks = (
+        chosen[None] if chosen is not None else np.stack([subsets.masks(len(train), alpha, job.subsets, job.seed) for alpha in job.alphas])
+    )
     for name, values in {"masks": masks, "training_seed": _seeds(job), "alpha": np.array(job.alphas)}.items():
         array = layout.ensure_array(group, name, values.shape)
         array[...] = values
