@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -17,6 +16,8 @@ ROW, FOREST_WIDTH = 26, 760
 _NAMES, _VALUES, _HEAD, _FOOT = 170, 150, 8, 30
 WIDTH, HEIGHT = 520, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 110, 14, 40
+#: How long and how high a name is.
+LABEL, LINE = 100.0, 13.0
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,12 @@ def plot(title: str, curves: Sequence[Curve], x_title: str, *, log: bool = True,
     y = _Axis(low, high if high > low else low + 1, HEIGHT - _BOTTOM, _TOP)
     first, last = _span(xs, log)
     x = _Axis(first, last, _LEFT + 8, WIDTH - _RIGHT - 8, log=log)
-    labels = _apart([y(curve.entries[-1].value) for curve in curves])
+    labels = iter(_apart([(x(curve.xs[-1]), y(curve.entries[-1].value)) for curve in curves if curve.name]))
     series = []
-    for curve, label in zip(curves, labels, strict=True):
+    for curve in curves:
         points = [_point(x(at), y, entry, i in curve.ring) for i, (at, entry) in enumerate(zip(curve.xs, curve.entries, strict=True))]
         path = "M" + "L".join(f"{p.x:.1f} {p.y:.1f}" for p in points) if joined and len(points) > 1 else ""
-        series.append(Series(curve.name, points[-1].x + 9, label + 4, curve.colour, path, tuple(points), curve.dashed))
+        series.append(Series(curve.name, points[-1].x + 9, (next(labels) if curve.name else 0.0) + 4, curve.colour, path, tuple(points), curve.dashed))
     ticks = tuple(Tick(y(v), number(v)) for v in _steps(low, high))
     at = y(level) if math.isfinite(level) else None
     return Plot(title, tuple(series), tuple(_x_ticks(x, first, last, log)), ticks, x_title, y(0.0) if low < 0 < high else None, at)
@@ -179,11 +180,14 @@ def _x_ticks(axis: _Axis, first: float, last: float, log: bool) -> list[Tick]:
     return [Tick(axis(v), number(v)) for v in values[::step]]
 
 
-def _apart(places: Sequence[float], least: float = 13.0) -> list[float]:
-    """Places of labels, moved apart so that none covers another."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    found = list(places)
-    for before, after in pairwise(order):
-        found[after] = max(found[after], found[before] + least)
-    excess = max((found[i] for i in order), default=0.0) - (HEIGHT - _BOTTOM)
-    return [place - max(0.0, excess) for place in found]
+def _apart(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Where labels that begin at (x, y) are written, each moved down or up until it covers none before it; in the order given."""
+    found = [y for _, y in places]
+    done: list[int] = []
+    for i in sorted(range(len(places)), key=lambda i: places[i][1]):
+        near = [found[j] for j in done if abs(places[j][0] - places[i][0]) < LABEL]
+        free = [found[i], *(y + LINE for y in near), *(y - LINE for y in near)]
+        fits = [y for y in free if all(abs(y - other) >= LINE - 1e-9 for other in near) and _TOP <= y <= HEIGHT - _BOTTOM]
+        found[i] = min(fits or [found[i]], key=lambda y, wanted=found[i]: abs(y - wanted))  # type: ignore[misc]
+        done.append(i)
+    return found

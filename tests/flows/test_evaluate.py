@@ -2,6 +2,7 @@
 
 import csv
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -184,6 +185,26 @@ def test_the_page_is_one_file_that_asks_for_nothing(done) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
     for words in ("League table", "Damping", "Cost, and size of the subsets", "Checks", "Removing the most helpful examples"):
         assert words in page
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: install Debian's package of that name")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_and_is_silent(done, width) -> None:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        tab = browser.new_page(viewport={"width": width, "height": 844})
+        complaints, requests = [], []
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(f"{done[0].url}/report.html")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert complaints == []
+        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+        assert tab.locator(".forest .dot").count() == 4, "two alphas, two methods"
+        browser.close()
 
 
 def test_a_second_evaluation_computes_nothing_and_another_damping_retrains_nothing(done, config, store, cluster) -> None:
