@@ -151,7 +151,8 @@ def plot(title: str, curves: Sequence[Curve], x_title: str, *, log: bool = True,
     for curve in curves:
         points = [_point(x(at), y, entry, i in curve.ring) for i, (at, entry) in enumerate(zip(curve.xs, curve.entries, strict=True))]
         path = "M" + "L".join(f"{p.x:.1f} {p.y:.1f}" for p in points) if joined and len(points) > 1 else ""
-        series.append(Series(curve.name, points[-1].x + 9, (next(labels) if curve.name else 0.0) + 4, curve.colour, path, tuple(points), curve.dashed))
+        label = next(labels) + 4 if curve.name else 0.0
+        series.append(Series(curve.name, points[-1].x + 9, label, curve.colour, path, tuple(points), curve.dashed))
     ticks = tuple(Tick(y(v), number(v)) for v in _steps(low, high))
     at = y(level) if math.isfinite(level) else None
     return Plot(title, tuple(series), tuple(_x_ticks(x, first, last, log)), ticks, x_title, y(0.0) if low < 0 < high else None, at)
