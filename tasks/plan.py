@@ -19,7 +19,7 @@ from tasks.retraining import RetrainJob
 from tasks.scores import CHUNK_QUERIES, Scored, ScoreJob
 from tasks.subject import Subject, open_subject, read_checkpoint
 from tasks.tensors import write_tensors
-from tasks.training import read_trajectory
+from tasks.training import segments_of
 from tda import checkpoint, location, sizes
 from tda.fingerprint import fingerprint
 from tda.methods import Method, parse_all
@@ -27,7 +27,7 @@ from tda.methods.work import Fit
 from tda.problem import measurement_of
 from tda.projection import Projection
 from tda.schema import SIGN
-from tda.trajectory import Segment, average, cut
+from tda.trajectory import Segment, average
 
 FitJob = FactorJob | DenseJob | ProjectionJob | RetrainJob
 #: What a fit's artifact is called, by the class of its job.
@@ -209,8 +209,7 @@ class _Cutter:
         """The segments of the training, for a method that needs them."""
         if method.meets == "final":
             return Unrolled((), (), ())
-        trajectory = read_trajectory(self.subject.checkpoint)
-        segments = cut(trajectory, method.segments, per_segment=method.per_segment)  # type: ignore[attr-defined]
+        segments = segments_of(method, self.subject.checkpoint)
         folder = self.subject.checkpoint.rpartition("/")[0]
         checkpoints = tuple(tuple(self._at(location.join(folder, name)) for name in segment.checkpoints) for segment in segments)
         averages = tuple(self._mean(subjects) for subjects in checkpoints) if method.meets == "averages" else ()

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from tasks.subject import Opened, Subject, forget, open_subject
-from tasks.training import read_trajectory
+from tasks.training import segments_of
 from tda.data import batches, digest, length
 from tda.directions import check_finite
 from tda.errors import InputError
 from tda.methods import parse_all
 from tda.problem import can_fit, problem_digest
 from tda.products import Products
-from tda.trajectory import cut
 
 #: So many examples of each split are evaluated before a run starts; the others' losses are checked when they are scored.
 PROBED = 1024
@@ -91,7 +90,7 @@ def _examined(request: Request) -> Inputs:
     for method in methods:
         method.check(opened.attributed)
         if method.meets != "final" and subject.checkpoint:
-            cut(read_trajectory(subject.checkpoint), method.segments, per_segment=method.per_segment)  # type: ignore[attr-defined]
+            segments_of(method, subject.checkpoint)
     return Inputs(
         problem_digest(subject.problem, json.loads(subject.options)),
         found["train"][0],

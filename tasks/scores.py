@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,6 +21,7 @@ from tda.errors import InputError, cause
 from tda.methods import Method
 from tda.products import Products
 from tda.scoring import Scorer, ShardScores, score
+from tda.self_products import Own
 
 #: A stored chunk holds so many queries, or more where it would be below CHUNK_NUMBERS: a query's row is then read without many others.
 CHUNK_QUERIES, CHUNK_NUMBERS = 16, 1 << 14
@@ -101,6 +103,10 @@ def _gives_own(method: Method) -> bool:
     return type(method).own is not Method.own or type(method).owns is not Method.owns
 
 
+def _owns(job: DirectionJob) -> Sequence[Own | None]:
+    return job.parsed().owns(open_subject(job.subject).attributed, curvature_of(job), job.segments, job.seed)
+
+
 @lru_cache(maxsize=1)
 def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor]:
     """What is scored at each subject for one query block, and the queries' measurements."""
@@ -113,7 +119,7 @@ def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor
             parts[job.subject].append(Part(m, 1.0, Scorer(method.title, (), read.norms, direct=direct)))
             continue
         owned = job.self_influence and _gives_own(method)
-        own_of = method.owns(curvature_of(scored.directions), scored.directions.segments) if owned else ()
+        own_of = _owns(scored.directions) if owned else ()
         for p, (directions, met) in enumerate(zip(read.passes, scored.meets, strict=True)):
             for subject in met:
                 own = own_of[p] if own_of else None

@@ -19,8 +19,9 @@ from tasks import layout
 from tasks.subject import DTYPES, Subject
 from tda import checkpoint, location
 from tda.errors import InputError
+from tda.methods import Method
 from tda.problem import load_problem
-from tda.trajectory import Recorder, Trajectory
+from tda.trajectory import Recorder, Segment, Trajectory, cut
 
 
 def train(job: tuple[Subject, int, str]) -> dict[str, Any]:
@@ -51,8 +52,8 @@ def train(job: tuple[Subject, int, str]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started}
 
 
-def read_trajectory(weights: str) -> Trajectory:
-    """The trajectory of the training that ended with `weights`, the URL of a weights.safetensors.
+def read_trajectory(weights: str, method: str = "source") -> Trajectory:
+    """The trajectory of the training that ended with `weights`, the URL of a weights.safetensors. method: which needs it, for the message.
 
     Raises InputError where it is not known: the checkpoint was not trained by a run, or its `fit` reported nothing.
     """
@@ -60,6 +61,18 @@ def read_trajectory(weights: str) -> Trajectory:
         return Trajectory.from_json(location.read_json(location.join(weights.rpartition("/")[0], "trajectory.json")))
     except FileNotFoundError as error:
         raise InputError(
-            f"source needs the training's checkpoints, and there is no trajectory beside {weights}; leave `checkpoint` out, so that the "
+            f"{method} needs the training's checkpoints, and there is no trajectory beside {weights}; leave `checkpoint` out, so that the "
             "run trains it, and let fit call on_checkpoint(model=..., learning_rate=..., step=...) after each epoch"
         ) from error
+
+
+def segments_of(method: Method, weights: str) -> tuple[Segment, ...]:
+    """The training that ended with `weights`, cut as a method asks.
+
+    Raises InputError where the training's checkpoints are not known, or too few.
+    """
+    trajectory = read_trajectory(weights, method.name)
+    try:
+        return cut(trajectory, method.segments, per_segment=method.per_segment)  # type: ignore[attr-defined]
+    except InputError as error:
+        raise InputError(f"{method.title}: {error}") from error

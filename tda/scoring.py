@@ -15,7 +15,18 @@ from tda.capture import Tape
 from tda.data import batches
 from tda.directions import Dense, Direction, check_finite, inner, scaled
 from tda.products import Products, fast_float32
-from tda.self_products import GRADIENT_BYTES, Kronecker, Own, Plain, WholeSpectra, block_products, gradient_squares, part_of, whole_products
+from tda.self_products import (
+    GRADIENT_BYTES,
+    Kronecker,
+    Own,
+    Plain,
+    Projected,
+    WholeSpectra,
+    block_products,
+    gradient_squares,
+    part_of,
+    whole_products,
+)
 
 #: Scores (query, batch) of training examples by their ids, from the model and the recorded forward pass of their batch.
 Direct = Callable[[Attributed, Tape, Sequence[int]], Tensor]
@@ -99,7 +110,7 @@ def _score_batch(
     own = loss.new_zeros(len(scorers), len(ids))
     norms = torch.zeros(len(ids), dtype=torch.float64)
     mass = torch.zeros(len(scorers), len(attributed.blocks), dtype=torch.float64)
-    whole = selves and any(isinstance(s.own, WholeSpectra) for s in scorers)
+    whole = selves and any(isinstance(s.own, WholeSpectra | Projected) for s in scorers)
     kept = [loss.new_zeros(len(ids), block.size) for block in attributed.blocks] if whole else None
     if not scorers:
         return ShardScores(influence, own if selves else None, loss, mass)
@@ -118,7 +129,7 @@ def _score_batch(
         if kept is not None:
             kept[b] = example_gradients(block, pairs).flatten(1)
     for m, scorer in enumerate(scorers):
-        if kept is not None and isinstance(scorer.own, WholeSpectra):
+        if kept is not None and isinstance(scorer.own, WholeSpectra | Projected):
             own[m] = whole_products(scorer.own, kept)
         _to_unit(scorer, influence[m], own[m], norms, examples)
         check_finite(influence[m].abs().sum(0) + own[m], ids, f"{scorer.title} score (the gradient) of train example")

@@ -72,8 +72,9 @@ class Method(BaseModel):
         """What training examples' influences on their own losses are taken from; None where that would cost a solve for each."""
         return None
 
-    def owns(self, curvature: Sequence[Any], segments: Sequence[Segment]) -> Sequence[Own | None]:
-        """The same for each pass over training gradients: what several passes give is summed."""
+    def owns(self, attributed: Attributed, curvature: Sequence[Any], segments: Sequence[Segment], seed: int) -> Sequence[Own | None]:
+        """The same for each pass over training gradients: what several passes give is summed. attributed, seed: as in `Work`."""
+        del attributed, seed
         return [None] * len(segments) if segments else [self.own(curvature)]
 
     def direct(self, kept: Mapping[str, Tensor]) -> Direct | None:

@@ -13,6 +13,7 @@ from tda.methods.work import Made, Work
 from tda.self_products import Own, Plain
 
 if TYPE_CHECKING:
+    from tda.attributed import Attributed
     from tda.trajectory import Segment
 
 
@@ -46,6 +47,7 @@ class TracIn(Method):
         told = [{"steps": [s.start_step, s.stop_step], "horizon": s.horizon, "checkpoints": list(s.checkpoints)} for s in work.segments]
         return Made(passes, {"segments": told})
 
-    def owns(self, curvature: Sequence[Any], segments: Sequence[Segment]) -> Sequence[Own | None]:
+    def owns(self, attributed: Attributed, curvature: Sequence[Any], segments: Sequence[Segment], seed: int) -> Sequence[Own | None]:
         """t_c g^T g at each checkpoint."""
+        del attributed, curvature, seed
         return [Plain(segment.horizon) for segment in segments]

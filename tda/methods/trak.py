@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,10 @@ from tda.methods.options import SaneDamping
 from tda.methods.work import Fit, Made, Work
 from tda.products import fast_float32
 from tda.projection import Projection, lift, project, project_examples
+from tda.self_products import Own, Projected
+
+if TYPE_CHECKING:
+    from tda.trajectory import Segment
 
 OutputFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -90,10 +94,20 @@ class Trak(Method):
         projection = self._projection(work.seed)
         with fast_float32():
             solved = []
-            for spectrum, rows in zip(spectra, project(projection, blocks, gradients), strict=True):
-                inverse = inverse_values(spectrum.values, Inverse(self.damping), psd=True) / -self.models
-                solved.append(((rows.double() @ spectrum.vectors * inverse) @ spectrum.vectors.T).to(rows.dtype))
+            each = zip(spectra, self._inverses(spectra), project(projection, blocks, gradients), strict=True)
+            for spectrum, inverse, rows in each:
+                solved.append(((rows.double() @ spectrum.vectors * -inverse) @ spectrum.vectors.T).to(rows.dtype))
             return [Dense(matrix) for matrix in lift(projection, blocks, solved)]
+
+    def _inverses(self, spectra: Sequence[Spectrum]) -> list[Tensor]:
+        """1 / (s + lambda) over the number of models, for each part of the projection."""
+        return [inverse_values(spectrum.values, Inverse(self.damping), psd=True) / self.models for spectrum in spectra]
+
+    def owns(self, attributed: Attributed, curvature: Sequence[Any], segments: Sequence[Segment], seed: int) -> Sequence[Own | None]:
+        """(P g)^T (C + lambda I)^-1 P g at each checkpoint."""
+        del segments
+        projection = self._projection(seed)
+        return [Projected(projection, attributed.blocks, spectra, self._inverses(spectra)) for spectra in curvature]
 
     def damping_of(self, curvature: Sequence[Any]) -> list[float] | float:
         """lambda, of every layer where each has its own; the mean over models."""

@@ -48,7 +48,7 @@ def test_every_baseline_scores_every_pair(run: Run) -> None:
     assert np.isfinite(found).all()
     assert all(np.ptp(each) > 0 for each in found)
     own = np.isfinite(run.self_influence.to_numpy()).all(1)
-    assert dict(zip(run.methods, own.tolist(), strict=True)) == {m: m in ("ekfac", "tracin") for m in run.methods}
+    assert dict(zip(run.methods, own.tolist(), strict=True)) == {m: m in ("ekfac", "tracin", "trak") for m in run.methods}
 
 
 def test_members_draw_their_own_projections_and_share_what_is_retrained(run: Run) -> None:

@@ -147,7 +147,7 @@ def test_trak_averages_over_checkpoints_what_it_is_at_each(
 ) -> None:
     scored = plan.first.scores.methods[place]
     assert [len(met) for met in scored.meets] == [1] * checkpoints
-    wanted = torch.zeros(5, 23, dtype=torch.float64)
+    wanted, own = torch.zeros(5, 23, dtype=torch.float64), torch.zeros(23, dtype=torch.float64)
     for (subject,) in scored.meets:
         attributed = open_subject(subject).attributed
         eye = torch.eye(sum(block.size for block in attributed.blocks), dtype=torch.float64)
@@ -159,8 +159,10 @@ def test_trak_averages_over_checkpoints_what_it_is_at_each(
         for P in columns:  # (D, k)
             phi = train / rest[:, None] @ P
             curvature = phi.T @ phi / 23 + 1e-3 * torch.eye(P.shape[1], dtype=torch.float64)
+            own -= torch.einsum("ik,kl,il->i", train @ P, torch.linalg.inv(curvature), train @ P) / 23 / checkpoints
             wanted -= query_gradients(subject) @ P @ torch.linalg.inv(curvature) @ (train @ P).T / 23 / checkpoints
     assert relative(found[0][place], wanted) < 1e-6
+    assert relative(found[1][place], own) < 1e-6
 
 
 def test_a_projection_that_is_fitted_is_not_fitted_again_and_a_half_done_one_is(
@@ -234,7 +236,14 @@ def test_representations_are_compared_where_the_last_layer_or_the_named_one_take
 
 
 def test_direct_scores_say_nothing_of_layers_or_of_an_example_on_itself(found: tuple[torch.Tensor, torch.Tensor]) -> None:
-    assert torch.isfinite(found[1]).all(1).tolist() == [True, False, False, False, True, False, False, False, False]
+    assert torch.isfinite(found[1]).all(1).tolist() == [True, False, False, False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize("text", ['name = "tracin"', 'name = "trak"\nmodels = 30'])
+def test_too_few_checkpoints_of_the_training_are_told_with_the_method(tmp_path: Path, text: str) -> None:
+    few = SUBSETS.replace("if step % 3 == 0 or", "if")
+    with pytest.raises(InputError, match=r"^(tracin|trak): segments = (5|30): the training reported only 1 checkpoint"):
+        planned(tmp_path / "config", f"{tmp_path}/store", text=f'problem = "tiny.py:Tiny"\n[[methods]]\n{text}', problem=few)
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(plan: Plan) -> None:
