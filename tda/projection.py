@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tda.blocks import Block, Pair, example_gradients
-from tda.directions import Direction, dense, take
+from tda.directions import Dense, Direction, dense, take
 from tda.flat import total
 from tda.self_products import GRADIENT_BYTES, part_of
 
@@ -64,9 +64,12 @@ def project_examples(projection: Projection, blocks: Sequence[Block], pairs: Ite
     kinds = {b: projection.kind(blocks, part) for part in parts for b in part}
     for b, (block, each) in enumerate(zip(blocks, pairs, strict=True)):
         if each and kinds[b] == "outer":
-            found[b] = sum((_outer_rows(_signs(projection, b, block, each[0].left.dtype), pair) for pair in each), start=torch.zeros(()))
+            signs = _signs(projection, b, block, each[0].left.dtype)
+            step = _step(block.groups * max(pair.positions for pair in each) * projection.dim)
+            some = [[part_of(pair, k, k + step) for pair in each] for k in range(0, batch, step)]
+            found[b] = torch.cat([torch.stack([_outer_rows(signs, pair) for pair in p]).sum(0) for p in some])
         elif each:
-            step = max(1, GRADIENT_BYTES // (4 * block.size))
+            step = _step(block.size)
             some = [[part_of(pair, k, k + step) for pair in each] for k in range(0, batch, step)]
             found[b] = torch.cat([_flat_rows(projection, b, block, kinds[b], example_gradients(block, p).flatten(1)) for p in some])
     return [_joined(projection, blocks, part, found, batch) for part in parts]
@@ -76,9 +79,10 @@ def project(projection: Projection, blocks: Sequence[Block], gradients: Sequence
     """Features (query, k) of query gradients for each part."""
     parts, found = projection.parts(blocks), dict[int, Tensor]()
     kinds = {b: projection.kind(blocks, part) for part in parts for b in part}
-    queries = len(dense(gradients[0]))
+    first = gradients[0]
+    queries = len(first.matrix if isinstance(first, Dense) else first.left)
     for b, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
-        step = max(1, GRADIENT_BYTES // (4 * block.size))
+        step = _step(max(block.size, block.groups * block.out * projection.dim) if kinds[b] == "outer" else block.size)
         each = [dense(take(gradient, slice(k, k + step))) for k in range(0, queries, step)]
         if kinds[b] == "outer":
             signs = _signs(projection, b, block, each[0].dtype)
@@ -106,6 +110,11 @@ def lift(projection: Projection, blocks: Sequence[Block], features: Sequence[Ten
                 each = [torch.einsum("r,rgo,rgi->goi", row, left, right) for row in rows / math.sqrt(projection.dim)]
                 found[b] = torch.stack(each)
     return found
+
+
+def _step(numbers: int) -> int:
+    """How many examples are taken at a time, with so many numbers of each in memory."""
+    return max(1, GRADIENT_BYTES // (4 * numbers))
 
 
 def _joined(projection: Projection, blocks: Sequence[Block], part: Sequence[int], found: dict[int, Tensor], count: int) -> Tensor:

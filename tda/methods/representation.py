@@ -47,7 +47,11 @@ class Representation(Method):
 
     def block(self, attributed: Attributed) -> Block:
         """The layer whose inputs are compared. Raises InputError where there is no such layer."""
-        known = [block for block in attributed.blocks if block.form in ("linear", "transposed", "conv") and not block.direct]
+        known = [
+            block
+            for block in attributed.blocks
+            if block.form in ("linear", "transposed", "conv") and block.groups == 1 and not block.direct
+        ]
         chosen = [block for block in known if self.layer in (None, block.name)]
         if not chosen:
             names = ", ".join(block.name for block in known) or "none"
