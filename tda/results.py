@@ -232,10 +232,7 @@ class Run:
 
     @property
     def evaluation(self) -> xr.Dataset:
-        """How the scores compare with retraining, of the latest `tda evaluate` of this run, lazily.
-
-        masks (alpha, subset, train), measurement (alpha, subset, seed, query), lds (method, alpha, query), interval, ceiling, league, and
-        more: docs/evaluation.md.
+        """How the scores compare with retraining, lazily, by the latest `tda evaluate` of this run; docs/evaluation.md names its arrays.
 
         Raises:
             NotStored: the run was not evaluated.
