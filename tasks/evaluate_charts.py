@@ -13,7 +13,7 @@ from tasks.report_charts import Tick
 from tasks.report_text import number
 
 ROW, FOREST_WIDTH = 26, 760
-_NAMES, _VALUES, _HEAD, _FOOT = 170, 150, 8, 30
+_NAMES, _VALUES, _HEAD, _FOOT = 170, 172, 8, 30
 WIDTH, HEIGHT = 520, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 110, 14, 40
 #: How long and how high a name is.
@@ -166,19 +166,22 @@ def _point(x: float, y: _Axis, entry: Entry, ring: bool) -> Point:
 def _span(xs: Sequence[float], log: bool) -> tuple[float, float]:
     low, high = min(xs), max(xs)
     if high > low:
-        return low, high
+        return (low / (high / low) ** 0.04, high * (high / low) ** 0.04) if log else (low, high)
     return (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
 
 
 def _x_ticks(axis: _Axis, first: float, last: float, log: bool) -> list[Tick]:
     if not log:
         return [Tick(axis(v), number(v)) for v in sorted({*np.linspace(first, last, 5).round(3).tolist()})]
-    powers = range(math.ceil(math.log10(first) - 1e-9), math.floor(math.log10(last) + 1e-9) + 1)
-    values: list[float] = [10.0**p for p in powers]
-    if len(values) < 2:
-        values = [first, last]
+    powers = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
+    # Tens where there are several, else also twos and fives; rounding must not lose the ends.
+    values: list[float] = []
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        values = [f * 10.0**p for p in powers for f in factors if first * (1 - 1e-9) <= f * 10.0**p <= last * (1 + 1e-9)]
+        if len(values) >= 3:
+            break
     step = max(1, len(values) // 6)
-    return [Tick(axis(v), number(v)) for v in values[::step]]
+    return [Tick(axis(v), number(v)) for v in values[::step]] or [Tick(axis(v), number(v)) for v in (first, last)]
 
 
 def _apart(places: Sequence[tuple[float, float]]) -> list[float]:
