@@ -177,12 +177,15 @@ def attribute(config: dict[str, Any]) -> RunSummary:
             mean = ensemble.MeanJob(location.join(run_url, "results.zarr"), tuple(member.scores for member in decided.members))
             ensemble.create_means(mean, labels, plan.results_attrs(decided, run_id))
             stages.average(mean)
-        found = {
+        found: dict[str, Any] = {
             "reused": reused,
             "damping": publish.used_damping(decided),
             "layer_share": publish.layer_share(decided, receipts[0]),
         }
         found |= solves.summarize(decided)
+        found["notes"] = [*manifest["notes"], *solves.warnings(found["solves"])]
+        for line in solves.warnings(found["solves"]):
+            progress.say(line)
         solves.write_solves(decided, run_url)
         stages.finish(decided, run_url, manifest | found, ready.started)
     names = [name for name, was in reused.items() if was]

@@ -53,6 +53,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         ["seeds", _inline(manifest.get("seeds"))],
         ["noise", _inline(manifest.get("noise")) or "none: nothing was sampled"],
         *(["separable", f"{method}: relative error {cell(error)}"] for method, error in manifest.get("separable_errors", {}).items()),
+        *(["solve", f"{method}: {_inline(solve)}"] for method, solve in manifest.get("solves", {}).items()),
         ["versions", _inline(manifest.get("versions"))],
         *(["note", str(note)] for note in manifest.get("notes", [])),
     ]
@@ -70,7 +71,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
 
 SHOWN = {
     "run_id", "complete", "created", "problem", "methods", "shape", "measurement", "sign", "units", "coverage", "reused", "seeds", "noise",
-    "versions", "notes", "damping", "timings", "separable_errors",
+    "versions", "notes", "damping", "timings", "separable_errors", "solves",
 }  # fmt: skip
 
 

@@ -228,14 +228,11 @@ def results_attrs(plan: Plan, run_id: str) -> dict[str, Any]:
 
 
 def described(plan: Plan) -> dict[str, Any]:
-    """The plan's fingerprints, for the manifest."""
-    found = {
+    """The plan's fingerprints, for the manifest; of an ensemble's artifacts those of the first member."""
+    return {
         **plan.first.fingerprints(),
         "train_data": plan.inputs.train,
         "query_data": plan.inputs.query,
         "problem": plan.inputs.problem,
         "run": plan.fingerprint,
     }
-    if len(plan.members) > 1:
-        found["members"] = [member.fingerprints() for member in plan.members]
-    return found

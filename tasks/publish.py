@@ -94,16 +94,15 @@ def _sampled(plan: Plan) -> dict[str, int]:
 
 
 def used_damping(plan: Plan) -> dict[str, dict[str, float]]:
-    """lambda by method and layer (one under "all layers" where it is the same by its nature), for the methods that have one."""
+    """lambda by method and layer, for the methods that have one."""
     blocks = open_subject(plan.first.subject).attributed.blocks
     found: dict[str, dict[str, float]] = {}
     for scored in plan.first.scores.methods:
         method = scored.directions.parsed()
         used = method.damping_of(curvature_of(scored.directions))
-        if isinstance(used, list):
-            found[method.title] = {block.name: value for block, value in zip(blocks, used, strict=True)}
-        elif used is not None:
-            found[method.title] = {"all layers": used}
+        if used is not None:
+            each = used if isinstance(used, list) else [used] * len(blocks)
+            found[method.title] = {block.name: value for block, value in zip(blocks, each, strict=True)}
     return found
 
 

@@ -28,6 +28,16 @@ def summarize(plan: Plan) -> dict[str, dict[str, Any]]:
     return {"separable_errors": errors, "solves": solves}
 
 
+def warnings(solves: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for every method some of whose solves ended before their tolerance."""
+    return [
+        f"{title}: {solve['unconverged']} queries did not reach the tolerance {solve['tolerance']:g} in {solve['steps']} steps "
+        f"(largest residual {solve['residual']:.3g}); raise max_steps, or the damping"
+        for title, solve in solves.items()
+        if solve["unconverged"]
+    ]
+
+
 def _worse(known: dict[str, Any] | None, solve: dict[str, Any]) -> dict[str, Any]:
     """The larger numbers of two solves."""
     found = {
