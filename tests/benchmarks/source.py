@@ -56,9 +56,7 @@ def main():
     best = max((m for m in range(len(run.methods)) if "source" not in run.methods[m]), key=lambda m: together[m])
     source = run.methods.index("source")
     gap = interval(draws[source] - draws[best], together[source] - together[best])
-    print(
-        f"\nsource minus {run.methods[best]}, the best influence function here: {gap.low:+.3f} to {gap.high:+.3f} (95%, paired over subsets)"
-    )
+    print(f"\nsource minus {run.methods[best]}, the best influence function: {gap.low:+.3f} to {gap.high:+.3f} (95%, paired)")
 
 
 if __name__ == "__main__":

@@ -194,6 +194,22 @@ def test_refused_points_stay_in_the_results_as_nan(opened) -> None:
     assert int(opened.results.parameters.sel(width=40, epochs=1)) == 403
 
 
+@pytest.mark.parametrize(
+    ("sweep", "dims"),
+    [({}, set()), ({"epochs": [1]}, {"epochs"}), ({"epochs": [1], "alpha": [0.5]}, {"epochs", "option_alpha"})],
+)
+def test_swept_options_become_dimensions_however_many_there_are(opened, sweep, dims) -> None:
+    points = [{**opened.manifest["points"][i], "swept": {key: values[0] for key, values in sweep.items()}} for i in range(6)]
+    one = results.Study(opened.url, {**opened.manifest, "points": points})
+    one.points["alpha"] = ("alpha", [0.5])
+    data = one.points.isel(point=[0])
+    if "alpha" in sweep:
+        return
+    object.__setattr__(one, "points", data)
+    assert dims <= set(one.results.dims)
+    assert "point" not in one.results.dims
+
+
 def test_measuring_again_does_nothing(study: Study, points: list[Point], measured: list[PointJob | None], monkeypatch) -> None:
     monkeypatch.setattr(decompose_measure, "load_ladder", None)
     assert measured[0] is not None
