@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,20 +195,16 @@ def test_refused_points_stay_in_the_results_as_nan(opened) -> None:
     assert int(opened.results.parameters.sel(width=40, epochs=1)) == 403
 
 
-@pytest.mark.parametrize(
-    ("sweep", "dims"),
-    [({}, set()), ({"epochs": [1]}, {"epochs"}), ({"epochs": [1], "alpha": [0.5]}, {"epochs", "option_alpha"})],
-)
-def test_swept_options_become_dimensions_however_many_there_are(opened, sweep, dims) -> None:
-    points = [{**opened.manifest["points"][i], "swept": {key: values[0] for key, values in sweep.items()}} for i in range(6)]
-    one = results.Study(opened.url, {**opened.manifest, "points": points})
-    one.points["alpha"] = ("alpha", [0.5])
-    data = one.points.isel(point=[0])
-    if "alpha" in sweep:
-        return
-    object.__setattr__(one, "points", data)
-    assert dims <= set(one.results.dims)
-    assert "point" not in one.results.dims
+@pytest.mark.parametrize("swept", [{}, {"epochs": 1}, {"epochs": 1, "rung": "low"}], ids=len)
+def test_swept_options_become_dimensions_however_many_they_are(study: Study, points: list[Point], measured, tmp_path: Path, swept) -> None:
+    url = decompose_results.study_url(f"file://{tmp_path}", "s")
+    one = [replace(points[0], swept=json.dumps(swept))]
+    decompose_results.write_results(url, study, one, [(measured[0].url,)])
+    decompose_results.complete(url, decompose_results.manifest(study, one, "s", "2026", {}) | {"timings": {}})
+    found = tda.open_study(tmp_path).results
+    assert {"epochs", "option_rung"} & set(found.dims) == {"epochs", "option_rung"} & {"option_rung" if k == "rung" else k for k in swept}
+    assert "point" not in found.dims
+    assert found.sizes["rung"] == 5
 
 
 def test_measuring_again_does_nothing(study: Study, points: list[Point], measured: list[PointJob | None], monkeypatch) -> None:
