@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tda.errors import InputError
-from tda.solvers.system import OnStep, Precondition, Solution, State, System, Trace, inner, lengths
+from tda.solvers.system import OnStep, Precondition, Solution, State, System, Trace, goal, inner, lengths
 
-#: A restart from the true residual must at least halve it, or the precision of the numbers is what stands in the way.
-WORTHWHILE = 0.5
+#: A restart must bring the true residual down to this share, or the precision of the numbers is what stands in the way.
+WORTHWHILE = 0.1
 
 
 def conjugate_gradients(
@@ -60,14 +60,14 @@ class _Path:
         trace.add(lengths(r) / system.scale, 0.0 if start is None else system.examples)
         zeros = torch.zeros(len(b), dtype=b.dtype, device=b.device)
         path = cls({"x": x, "r": r, "p": torch.zeros_like(b), "r_z": zeros, "step": torch.zeros((), dtype=torch.int64), **trace.state()})
-        return path._aim(precondition, trace.residuals[-1] > tolerance)
+        return path._aim(precondition, trace.residuals[-1] > tolerance, torch.full_like(zeros, torch.inf))
 
-    def _aim(self, precondition: Precondition | None, live: Tensor) -> _Path:
+    def _aim(self, precondition: Precondition | None, live: Tensor, checked: Tensor) -> _Path:
         """Begin again from the residuals of the queries `live`."""
         r, p, r_z = self.state["r"], self.state["p"].clone(), self.state["r_z"].clone()
         z = _apply(precondition, r[live])
         p[live], r_z[live] = z, _positive(inner(r[live], z), live, "the preconditioner", lengths(r[live]).square())
-        self.state = {**self.state, "p": p, "r_z": r_z, "live": live, "checked": self.state["residuals"][-1]}
+        self.state = {**self.state, "p": p, "r_z": r_z, "live": live, "checked": checked}
         return self
 
     def advance(self, system: System, precondition: Precondition | None, tolerance: float) -> None:
@@ -83,7 +83,7 @@ class _Path:
         residual = trace.residuals[-1].clone()
         residual[live] = lengths(r[live]) / system.scale[live]
         trace.add(residual, trace.evaluations[-1] + system.examples)
-        on = live & (residual > tolerance)
+        on = live & (residual > goal(tolerance, s["checked"]))
         z = _apply(precondition, r[on])
         following = _positive(inner(r[on], z), on, "the preconditioner", lengths(r[on]).square())
         p[on] = z + (following / r_z[on])[:, None] * p[on]
@@ -96,7 +96,7 @@ class _Path:
         trace.add(lengths(r) / system.scale, trace.evaluations[-1] + system.examples)
         now = trace.residuals[-1]
         self.state = {**self.state, "r": r, **trace.state()}
-        self._aim(precondition, (now > tolerance) & (now < WORTHWHILE * self.state["checked"]))
+        self._aim(precondition, (now > tolerance) & (now < WORTHWHILE * self.state["checked"]), now)
 
 
 def _apply(precondition: Precondition | None, r: Tensor) -> Tensor:

@@ -105,6 +105,15 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return found
 
 
+def goal(tolerance: float, checked: Tensor) -> Tensor:
+    """The relative residual (query,) at which the one that a solver carries along must be computed anew.
+
+    The tolerance, or what is nothing but rounding beside the one computed last (infinite where there is none yet).
+    """
+    rounding = 10 * torch.finfo(checked.dtype).eps
+    return (rounding * torch.where(torch.isinf(checked), 1.0, checked)).clamp(min=tolerance)
+
+
 @lru_cache(maxsize=2)
 def permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
     """All example ids in the order of an epoch, int64: a function of (seed, epoch) alone."""
