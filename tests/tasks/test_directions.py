@@ -134,13 +134,13 @@ def test_an_interrupted_solve_goes_on_to_the_same_bytes(plan: Plan, place: int, 
         directions.make_directions((job, 0))
     assert set(states) == {job.place("state", 0)}
     assert len(read_tensors(states[0])) > 1
-    monkeypatch.setattr(directions, "write_tensors", write)
+    monkeypatch.undo()
     directions.make_directions((job, 0))
     assert objects(job.url) == before
 
 
 def test_scores_meet_the_gradients_of_the_checkpoints_that_they_belong_to(plan: Plan, tmp_path: Path) -> None:
-    job = plan.placed(f"{tmp_path}/run").first.scores
+    job = plan.placed(f"file://{tmp_path}/run").first.scores
     source = job.methods[-1]
     assert [len(met) for met in source.meets] == [2, 2]
     assert job.subjects[0] == job.subject

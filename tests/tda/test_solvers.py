@@ -260,5 +260,5 @@ def test_damping_may_differ_by_coordinate(setting):
 def test_a_schedule_that_finds_its_own_steps_refuses_others():
     with pytest.raises(InputError, match='batch_size = 64: schedule "tuned" takes all examples'):
         replace(NAMED["tuned"], batch_size=64)
-    with pytest.raises(InputError, match="momentum = 0.5"):
+    with pytest.raises(InputError, match=r"momentum = 0\.5"):
         replace(NAMED["tuned"], momentum=0.5)
