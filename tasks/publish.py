@@ -10,7 +10,8 @@ import torch
 
 import tda
 from infra import storage
-from tasks.directions import curvature_of
+from tasks.dense import load_spectra
+from tasks.directions import load_fit
 from tasks.factors import FactorJob
 from tasks.plan import Plan, described, stated
 from tasks.report import write_report
@@ -98,8 +99,10 @@ def used_damping(plan: Plan) -> dict[str, dict[str, float]]:
     blocks = open_subject(plan.first.subject).attributed.blocks
     found: dict[str, dict[str, float]] = {}
     for scored in plan.first.scores.methods:
-        method = scored.directions.parsed()
-        used = method.damping_of(curvature_of(scored.directions))
+        job, method = scored.directions, scored.directions.parsed()
+        each_fit = zip(method.fits, job.fits, strict=True)
+        curvature = [load_spectra(url, vectors=False) if fit.kind == "dense" else load_fit(fit, url, job.subject) for fit, url in each_fit]
+        used = method.damping_of(curvature)
         if used is not None:
             each = used if isinstance(used, list) else [used] * len(blocks)
             found[method.title] = {block.name: value for block, value in zip(blocks, each, strict=True)}

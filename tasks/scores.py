@@ -85,7 +85,7 @@ class ScoreJob:
     @property
     def owned(self) -> tuple[bool, ...]:
         """Which methods give self-influence."""
-        return tuple(type(method).own is not Method.own for method in self.parsed())
+        return tuple(type(method).own is not Method.own and method.meets == "final" for method in self.parsed())
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor
     parts: dict[Subject, list[Part]] = {subject: [] for subject in job.subjects}
     measurement = torch.empty(0)
     for m, (scored, method) in enumerate(zip(job.methods, job.parsed(), strict=True)):
-        read = read_directions(scored.directions, block)
+        read = read_directions(scored.directions, job.query_ids(block))
         measurement = read.measurement
         for directions, met in zip(read.passes, scored.meets, strict=True):
             for subject in met:
-                own = method.own(curvature_of(scored.directions)) if job.self_influence and method.meets == "final" else None
+                own = method.own(curvature_of(scored.directions)) if job.self_influence and job.owned[m] and block == 0 else None
                 parts[subject].append(Part(m, 1 / len(met), Scorer(method.title, directions, read.norms, own, method.cosine)))
     return parts, measurement
 

@@ -63,8 +63,11 @@ def whole_products(own: WholeSpectra, gradients: Sequence[Tensor]) -> Tensor:
     """g^T C^-1 g for a batch, (batch,), from its gradients (batch, size) of every block."""
     total = torch.zeros(len(gradients[0]), dtype=torch.float64)
     for spectrum, inverse in zip(own.spectra, own.inverses, strict=True):
-        rotated = torch.cat([gradients[b].double() for b in spectrum.blocks], 1) @ spectrum.vectors
-        total += rotated.square() @ inverse
+        step = max(1, GRADIENT_BYTES // (8 * len(inverse)))
+        for start in range(0, len(total), step):
+            some = slice(start, start + step)
+            rotated = torch.cat([gradients[b][some].double() for b in spectrum.blocks], 1) @ spectrum.vectors
+            total[some] += rotated.square() @ inverse
     return total
 
 

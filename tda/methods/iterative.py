@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from tda.curvature.eigen import Factor
@@ -26,6 +26,7 @@ from tda.solvers.sni import neumann
 from tda.solvers.system import Solution, System
 
 BatchSize = int | Literal["full"]
+ScheduleName = Literal["tuned", "paper", "paper-convnet", "paper-gpt2"]
 
 
 class Iterative(Method):
@@ -40,6 +41,16 @@ class Iterative(Method):
     damping: SaneDamping = "heuristic"
     fisher: Fisher = "sampled"
     tolerance: float = Field(default=1e-4, gt=0, lt=1)
+    exact: ClassVar[bool] = True
+
+    @property
+    def vectors(self) -> int:
+        """Right-hand sides, solutions, residuals, search directions, products and a stored state of them."""
+        return 10
+
+    def determining(self) -> dict[str, Any]:
+        """Without the Fisher where no factors are needed."""
+        return {name: value for name, value in super().determining().items() if name != "fisher" or self.fits}
 
     @property
     def preconditioned(self) -> bool:
@@ -140,7 +151,7 @@ class Astra(Iterative):
 
     name: Literal["astra"] = "astra"
     stochastic: ClassVar[bool] = True
-    schedule: Literal["tuned", "paper", "paper-convnet", "paper-gpt2"] = "tuned"
+    schedule: ScheduleName = "tuned"
     batch_size: BatchSize | None = None
     max_steps: int | None = Field(default=None, ge=1)
     step_size: float | None = Field(default=None, gt=0)
@@ -156,6 +167,13 @@ class Astra(Iterative):
     def preconditioned(self) -> bool:
         """Always."""
         return True
+
+    @model_validator(mode="after")
+    def _schedule_is_sane(self) -> Self:
+        planned = self.planned()
+        if planned.of_damping is not None and self.damping == 0:
+            raise ValueError(f'schedule = "{self.schedule}" takes steps that are a multiple of the damping, which is 0; give either')
+        return self
 
     def planned(self) -> Schedule:
         """The schedule with what the options replace."""

@@ -40,7 +40,7 @@ class Work:
 
     attributed: the model at the final checkpoint. train: the training set. curvature: for each of the method's fits, a tuple of Factor
     (one per block) or of Spectrum. segments, averaged: of the training, and the model at the mean weights of each, for methods that
-    unroll it. state: of an interrupted solve; on_step is called with it after every step.
+    unroll it. state: of an interrupted solve; on_step is called with it after every step. first: the id of the first query.
     """
 
     attributed: Attributed
@@ -53,6 +53,7 @@ class Work:
     averaged: tuple[Attributed, ...] = ()
     state: dict[str, Tensor] | None = None
     on_step: Callable[[dict[str, Tensor]], None] | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)

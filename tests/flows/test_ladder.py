@@ -68,6 +68,12 @@ def test_solves_are_told_and_stored(ensemble: Run) -> None:
         ensemble.solve("source")
 
 
+def test_the_segments_of_an_unrolled_training_are_told(ensemble: Run) -> None:
+    told = ensemble.manifest["segments"]["source"]
+    assert [segment["steps"] for segment in told] == [[0, 12], [12, 23]]
+    assert sum(segment["horizon"] for segment in told) == pytest.approx(2.3)
+
+
 def test_what_needs_a_solve_for_each_example_has_no_self_influence(ensemble: Run) -> None:
     finite = np.isfinite(ensemble.self_influence.to_numpy())
     assert finite[0].all()
