@@ -9,7 +9,7 @@ import torch
 
 from tda.errors import InputError
 from tda.solvers.block import block_conjugate_gradients
-from tda.solvers.descent import Descent, descend, safe_step
+from tda.solvers.descent import Descent, Stated, descend, safe_step
 from tda.solvers.preconditioner import EKFACPreconditioner
 from tda.solvers.system import OnStep, Precondition, Solution, State, System
 
@@ -69,7 +69,7 @@ def astra(
     precondition: P^-1, EK-FAC with its damping. All queries share each mini-batch and its linearisation. From zero, one full-batch step
     of size 1 is EK-FAC. A solve ends for all queries, or with full batches for each, where the residual over all examples is within
     `tolerance` of ||b||. state: of an earlier call with the same arguments, which is gone on with bit for bit; on_step is given it after
-    every step. Raises InputError where it diverges, naming the step and a step size that would do.
+    every step. Raises InputError where it diverges, naming the step and what would do, and where its steps would be of size 0.
     """
     if schedule.conjugate:
         options: dict[str, Any] = {"tolerance": tolerance, "max_steps": schedule.steps, "state": state, "on_step": on_step}
@@ -84,12 +84,11 @@ def astra(
         assert on_step is not None
         on_step({**inner, "step_size": torch.tensor(alpha, dtype=torch.float64)})
 
-    plan = Descent("astra", step_size, schedule.momentum, schedule.batch_size, schedule.steps, seed)
-    zero = torch.zeros_like(system.right)
-    begin = precondition(system.right) if start == "ekfac" and state is None else zero
-    return descend(
-        system, plan, precondition, begin, spent=spent, tolerance=tolerance, state=state, on_step=None if on_step is None else keep
-    )
+    stated: Stated = "step_size" if schedule.step_size is not None else "schedule" if schedule.of_damping is not None else "found"
+    plan = Descent("astra", step_size, schedule.momentum, schedule.batch_size, schedule.steps, seed, stated=stated)
+    begin = precondition(system.right) if start == "ekfac" and state is None else None
+    told = None if on_step is None else keep
+    return descend(system, plan, precondition, begin, spent=spent, tolerance=tolerance, state=state, on_step=told)
 
 
 def _wide(precondition: Precondition, share: float) -> Precondition:
@@ -102,5 +101,11 @@ def _first_step(system: System, precondition: Precondition, schedule: Schedule, 
     if schedule.step_size is not None:
         return schedule.step_size, 0.0
     if schedule.of_damping is not None:
-        return schedule.of_damping * float(system.damping.double().mean()), 0.0
+        alpha = schedule.of_damping * float(system.damping.double().mean())
+        if alpha == 0:
+            raise InputError(
+                f"damping = 0: the schedule's steps are {schedule.of_damping:g} x damping, and would lead nowhere; "
+                'give a damping, or choose schedule = "tuned"'
+            )
+        return alpha, 0.0
     return safe_step(system, precondition, schedule.batch_size, seed)

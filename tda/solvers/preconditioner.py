@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from tda import flat
 from tda.blocks import Block
 from tda.curvature.eigen import Factor, rotate
 from tda.curvature.inverse import Damping, damping_value, inverse_eigenvalues
+
+#: Vectors are taken so many bytes at a time, because what lies between them and the result is several times their size.
+PIECE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +28,13 @@ class EKFACPreconditioner:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """P^-1 v, in the dtype of v."""
-        matrices = flat.unflatten(self.blocks, vectors)
-        rows = [rotate(f, rotate(f, m.to(i)) * i, back=True) for f, m, i in zip(self.factors, matrices, self._inverses, strict=True)]
-        return flat.flatten(self.blocks, rows).to(vectors)
+        found = torch.empty_like(vectors)
+        step = max(1, PIECE_BYTES // max(1, vectors[:1].nbytes))
+        for some, to in zip(vectors.split(step), found.split(step), strict=True):
+            pieces = zip(self.factors, self._inverses, flat.unflatten(self.blocks, some), flat.unflatten(self.blocks, to), strict=True)
+            for factor, inverse, matrix, place in pieces:
+                place.copy_(rotate(factor, rotate(factor, matrix.to(inverse)) * inverse, back=True))
+        return found
 
     @cached_property
     def _inverses(self) -> list[Tensor]:
@@ -50,14 +58,3 @@ def ekfac_preconditioner(blocks: Sequence[Block], factors: Sequence[Factor], dam
     each = [damping] * len(blocks) if isinstance(damping, float | int | str) else list(damping)
     values = [damping_value(factor, "ekfac", one) for factor, one in zip(factors, each, strict=True)]
     return EKFACPreconditioner(tuple(blocks), tuple(factors), tuple(values))
-
-
-def flat_damping(blocks: Sequence[Block], factors: Sequence[Factor], damping: Damping) -> Tensor:
-    """The damping of every coordinate, (D,): "heuristic" gives each block 0.1 x its mean eigenvalue."""
-    return flat.flatten(
-        blocks,
-        [
-            factor.kfac_out.new_full((1, block.groups, block.out, block.in_), damping_value(factor, "ekfac", damping))
-            for block, factor in zip(blocks, factors, strict=True)
-        ],
-    )[0]
