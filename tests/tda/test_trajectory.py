@@ -172,7 +172,8 @@ def test_of_many_reports_what_is_kept_is_the_limit_and_what_is_told():
     assert "or call on_checkpoint more often" in refusal(trained(*range(1, WHOLE)), WHOLE)
     # Past the limit, more reports are no way out.
     for few in (found, trained(*range(1, WHOLE + 1))):
-        assert refusal(few, WHOLE + 1).endswith(
+        most = f"ask for at most {len(few.saved) - 1} segments (no more than {KEPT} checkpoints are kept)"
+        assert refusal(few, WHOLE + 1).endswith(most)
             f"; ask for at most {len(few.saved) - 1} segments (no more than {KEPT} checkpoints are kept)"
         )
 
