@@ -174,8 +174,6 @@ def test_of_many_reports_what_is_kept_is_the_limit_and_what_is_told():
     for few in (found, trained(*range(1, WHOLE + 1))):
         most = f"ask for at most {len(few.saved) - 1} segments (no more than {KEPT} checkpoints are kept)"
         assert refusal(few, WHOLE + 1).endswith(most)
-            f"; ask for at most {len(few.saved) - 1} segments (no more than {KEPT} checkpoints are kept)"
-        )
 
 
 def refusal(found, segments):
