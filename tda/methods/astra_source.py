@@ -10,16 +10,15 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from tda.directions import Dense, Direction, dense
+from tda.directions import Dense, Direction
 from tda.errors import InputError
-from tda.flat import flatten, unflatten
-from tda.methods.iterative import BatchSize, ScheduleName, batch_is_a_size, told
+from tda.flat import unflatten
+from tda.methods.iterative import BatchSize, ScheduleName, batch_is_a_size, system_of, told
 from tda.methods.source import FastSource
 from tda.methods.work import Made, Work
 from tda.solvers.astra import NAMED, Schedule, astra
-from tda.solvers.operator import Operator
 from tda.solvers.preconditioner import ekfac_preconditioner
-from tda.solvers.system import OnStep, Solution, State, System
+from tda.solvers.system import OnStep, Solution, State
 
 
 class AstraSource(FastSource):
@@ -84,10 +83,8 @@ class AstraSource(FastSource):
 
     def _solve(self, work: Work, k: int, pushed: Sequence[Direction], state: State | None, on_step: OnStep | None) -> Solution:
         """(G + lambda I)^-1 u in segment k, for all queries together."""
-        right = flatten(work.attributed.blocks, [dense(direction) for direction in pushed])
         damping = self._lambda(work, k)
-        operator = Operator(work.averaged[k], work.train, "ggn", work.batch_size)
-        system = System(operator.product, torch.tensor(damping, dtype=right.dtype), right, len(work.train))
+        system = system_of(work.averaged[k], work, pushed, "ggn", damping)
         precondition = ekfac_preconditioner(work.attributed.blocks, work.curvature[k], damping)
         options: dict[str, Any] = {"tolerance": self.tolerance, "seed": work.seed, "start": "ekfac"}
         try:

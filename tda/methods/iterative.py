@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from tda.attributed import Attributed
 from tda.curvature.eigen import Factor
 from tda.curvature.fisher import Fisher
 from tda.curvature.inverse import HEURISTIC
@@ -68,11 +69,8 @@ class Iterative(Method):
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_q = -(C + lambda I)^-1 g_q, all queries solved together."""
-        blocks = work.attributed.blocks
-        right = flatten(blocks, [dense(gradient) for gradient in gradients])
-        operator = Operator(work.attributed, work.train, self.curvature, work.batch_size)
-        damping = self.damping_of(work.curvature)
-        system = System(operator.product, torch.tensor(damping, dtype=right.dtype), right, len(work.train))
+        blocks, damping = work.attributed.blocks, self.damping_of(work.curvature)
+        system = system_of(work.attributed, work, gradients, self.curvature, damping)
         precondition = ekfac_preconditioner(blocks, work.curvature[0], damping) if self.preconditioned else None
         solution = self.solve(system, precondition, work)
         return Made([[Dense(-matrix) for matrix in unflatten(blocks, solution.x)]], {"solves": [told(solution, self.tolerance)]})
@@ -80,6 +78,13 @@ class Iterative(Method):
     def solve(self, system: System, precondition: Callable[[Tensor], Tensor] | None, work: Work) -> Solution:
         """The solution of the system for all queries."""
         raise NotImplementedError
+
+
+def system_of(attributed: Attributed, work: Work, gradients: Sequence[Direction], curvature: Curvature, damping: float) -> System:
+    """(C + damping I) v = g for the gradients of all queries, with the curvature of a model over all training examples."""
+    right = flatten(attributed.blocks, [dense(gradient) for gradient in gradients])
+    operator = Operator(attributed, work.train, curvature, work.batch_size)
+    return System(operator.product, torch.tensor(damping, dtype=right.dtype), right, len(work.train), work.first)
 
 
 def heuristic_damping(factors: Sequence[Factor]) -> float:
