@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tda.errors import InputError
-from tda.solvers.cg import ROUNDING, WORTHWHILE, longest_step, overflow
+from tda.solvers.cg import ROUNDING, WORTHWHILE, farthest, overflow
 from tda.solvers.system import WAY_OUT, OnStep, Precondition, Solution, State, System, Trace, goal, lengths
 
 
@@ -95,7 +95,7 @@ class _Path:
         length = inverse @ (p @ self.r.T).double()
         # ||q^T length||, by which the residuals move
         moved = ((q @ q.T).double() @ length).mul_(length).sum(0).clamp(min=0).sqrt()
-        known = moved <= torch.maximum(system.scale, lengths(self.r)) * longest_step(q)
+        known = moved <= farthest(system, trace)
         length = torch.where(known, length, 0.0).to(p)
         self.x.addmm_(length.T, p)
         self.r.addmm_(length.T, q, alpha=-1)

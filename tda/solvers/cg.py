@@ -137,7 +137,7 @@ class _Path:
         value = torch.where(torch.isfinite(stretched), curved / norms.square(), torch.nan)
         self._refuse(~(value >= -_rounding(q) * self.largest), value, "C + damping", "along a search direction")
         length = self.r_z / curved
-        allowed = torch.maximum(self.system.scale[self.ids], lengths(self.r)) * longest_step(q)
+        allowed = farthest(self.system, self.trace)[self.ids]
         return torch.where((curved > 0) & (length * stretched <= allowed), length, 0.0)
 
     def _is_positive(self, z: Tensor) -> Tensor:
@@ -162,12 +162,12 @@ def overflow(what: str, whose: str, values: Tensor) -> str:
     return f"products of {what} with the vectors {whose} are not finite; mend the model, whose derivatives overflow{wider}"
 
 
-def longest_step(like: Tensor) -> float:
-    """A step that moves the residual by more than this, relative to the right-hand side, is along a direction that the precision loses.
+def farthest(system: System, trace: Trace) -> Tensor:
+    """How far (query,) a step may move the residual of a query: what goes farther is along a direction that the precision loses.
 
-    For ||r|| <= sqrt(sigma_max / sigma_min) ||b|| along the way, and 1 / precision is the most that the quotient can be.
+    For ||r|| <= sqrt(sigma_max / sigma_min) ||r_0|| all the way, and 1 / precision is the most that the quotient can be.
     """
-    return float(torch.finfo(like.dtype).eps ** -0.5)
+    return system.scale * trace.first.clamp(min=1) * torch.finfo(system.right.dtype).eps ** -0.5
 
 
 def _rounding(like: Tensor) -> float:
