@@ -33,7 +33,6 @@ class AstraSource(FastSource):
     schedule: ScheduleName = "tuned"
     tolerance: float = Field(default=1e-3, gt=0, lt=1)
     batch_size: BatchSize | None = None
-    stochastic: ClassVar[bool] = True
     exact: ClassVar[bool] = True
 
     @field_validator("batch_size", mode="before")
@@ -57,6 +56,11 @@ class AstraSource(FastSource):
         if self.batch_size is None:
             return found
         return replace(found, batch_size=None if self.batch_size == "full" else int(self.batch_size))
+
+    @property
+    def stochastic(self) -> bool:
+        """By a schedule that takes mini-batches."""
+        return self.planned().batch_size is not None
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_{q,l} = -(G_l + lambda_l I)^-1 S_{l+1} ... S_L g_q, one pass per segment, solved from the last segment backwards."""

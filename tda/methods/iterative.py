@@ -129,7 +129,6 @@ class SNI(Iterative):
     """
 
     name: Literal["sni"] = "sni"
-    stochastic: ClassVar[bool] = True
     max_steps: int = Field(default=5000, ge=1)
     batch_size: BatchSize = 256
     step_size: float | None = Field(default=None, gt=0)
@@ -139,6 +138,11 @@ class SNI(Iterative):
     @classmethod
     def _batch_is_a_size(cls, value: object) -> object:
         return batch_is_a_size(value)
+
+    @property
+    def stochastic(self) -> bool:
+        """On mini-batches."""
+        return self.batch_size != "full"
 
     def solve(self, system: System, precondition: Callable[[Tensor], Tensor] | None, work: Work) -> Solution:
         """By Neumann iterations."""
@@ -155,7 +159,6 @@ class Astra(Iterative):
     """
 
     name: Literal["astra"] = "astra"
-    stochastic: ClassVar[bool] = True
     schedule: ScheduleName = "tuned"
     batch_size: BatchSize | None = None
     max_steps: int | None = Field(default=None, ge=1)
@@ -167,6 +170,11 @@ class Astra(Iterative):
     @classmethod
     def _batch_is_a_size(cls, value: object) -> object:
         return None if value is None else batch_is_a_size(value)
+
+    @property
+    def stochastic(self) -> bool:
+        """By a schedule that takes mini-batches."""
+        return self.planned().batch_size is not None
 
     @property
     def preconditioned(self) -> bool:

@@ -27,8 +27,6 @@ class Method(BaseModel):
 
     #: Whose training gradients the directions meet: the final checkpoint's, those of each segment's checkpoints, or at its mean weights.
     meets: ClassVar[Literal["final", "checkpoints", "averages"]] = "final"
-    #: Whether its directions depend on the run's seed.
-    stochastic: ClassVar[bool] = False
     #: Whether its directions are exact to a stated residual, so that they are kept in the model's dtype whatever products are taken in.
     exact: ClassVar[bool] = False
     #: Whether scores are divided by the norms of both gradients.
@@ -44,6 +42,11 @@ class Method(BaseModel):
     def fits(self) -> tuple[Fit, ...]:
         """The fits of curvature that it needs, in the order in which `Work.curvature` holds them."""
         return ()
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether its directions depend on the run's seed."""
+        return False
 
     @property
     def passes(self) -> int:

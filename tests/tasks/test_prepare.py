@@ -65,6 +65,9 @@ def test_a_method_that_changes_leaves_the_directions_of_the_others(tmp_path: Pat
         ('name = "cg"\ndamping = 0.1', "methods.0.tolerance=0.01", True, False),
         ('name = "cg"\ndamping = 0.1', "seed=1", True, True),
         ('name = "sni"\ndamping = 0.1', "seed=1", True, False),
+        ('name = "sni"\ndamping = 0.1\nbatch_size = "full"', "seed=1", True, True),
+        ('name = "astra"\nfisher = "exact"\ndamping = 0.1', "seed=1", True, True),
+        ('name = "astra"\nfisher = "exact"\ndamping = 0.1\nschedule = "paper"', "seed=1", True, False),
     ],
 )
 def test_what_determines_nothing_costs_no_second_solve(tmp_path: Path, method: str, override: str, spectra: bool, directions: bool) -> None:
