@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint unit bench benchfull soak clean
+.PHONY: help venv demo test lint unit bench benchfull lds soak clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
@@ -46,11 +46,17 @@ unit: .venv/.dev ## the tests alone
 	$(BIN)/uv pip install --quiet --python .venv-peers/bin/python --constraint constraints.txt --editable '.[peers]'
 	@touch $@
 
-bench: .venv/.dev .venv-peers/.done ## measures against Kronfluence in pairs: digits MLP and CNN; a GPT with TDA_CASES=folder (20 minutes)
+bench: .venv/.dev .venv-peers/.done ## against Kronfluence in pairs, solvers against each other and against one by one, retraining; a GPT with TDA_CASES=folder (20 minutes more)
+	$(BIN)/python -m tests.benchmarks.solvers
+	$(BIN)/python -m tests.benchmarks.lds --timing
 	$(BIN)/python -m tests.benchmarks.compare
 
 benchfull: .venv/.dev .venv-peers/.done ## the same on all sequences, both sides also on oneDNN and in bfloat16 (hours)
 	$(BIN)/python -m tests.benchmarks.compare --all --sequences 2000
+
+lds: .venv/.dev ## LDS by retraining: the ladder on the digits, and SOURCE where training stopped early (10 minutes)
+	$(BIN)/python -m tests.benchmarks.lds
+	$(BIN)/python -m tests.benchmarks.source
 
 soak: .venv/.dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m soak

@@ -177,17 +177,22 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
             receipts.append(stages.score(member.scores))
         if any(reused.values()):
             progress.say(f"reused: {', '.join(name for name, was in reused.items() if was)}")
-        if len(decided.members) > 1:
-            mean = ensemble.MeanJob(location.join(run_url, "results.zarr"), tuple(member.scores for member in decided.members))
+        jobs = [member.scores for member in decided.members]
+        stages.verify(jobs)
+        if len(jobs) > 1:
+            mean = ensemble.MeanJob(location.join(run_url, "results.zarr"), tuple(jobs))
             ensemble.create_means(mean, labels, plan.results_attrs(decided, run_id))
             stages.average(mean)
-        found = {
+        found: dict[str, Any] = {
             "reused": reused,
             "damping": publish.used_damping(decided),
             "layer_share": publish.layer_share(decided, receipts[0]),
         }
         found |= solves.summarize(decided)
-        solves.write_solves(decided, run_url)
+        found["notes"] = [*manifest["notes"], *solves.warnings(found["solves"])]
+        for line in solves.warnings(found["solves"]):
+            progress.say(line)
+        solves.write_solves(decided)
         stages.finish(decided, run_url, manifest | found, ready.started)
     names = [name for name, was in reused.items() if was]
     return RunSummary(run_id, run_url, location.join(run_url, "report.html"), request.store, names)

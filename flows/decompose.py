@@ -15,8 +15,9 @@ from infra import storage
 from infra.cluster import ShardFailed, open_cluster
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
-from tasks import decompose, decompose_measure, decompose_page, decompose_results, dense, layout, training
+from tasks import decompose, decompose_lds, decompose_measure, decompose_page, decompose_results, dense, layout, retraining, training
 from tasks.decompose import Point, PointJob, Study
+from tasks.decompose_lds import LdsJob
 from tda import location
 from tda.errors import InputError
 
@@ -104,22 +105,23 @@ def decompose_flow(config: dict[str, Any]) -> StudySummary:
         for line in refused:
             progress.say(f"left out: {line}")
         train(points)
-        jobs = [None if point.refused else decompose.job_of(study, point) for point in points]
-        waiting = [job for job in jobs if job is not None and not layout.is_complete(job.url)]
-        measured = sum(job is not None for job in jobs)
-        if len(waiting) < measured:
-            progress.say(f"reused: {measured - len(waiting)} of {measured} points")
+        todo = [_todo(study, point) for point in points if not point.refused]
+        waiting = [each for each in todo if not each.done]
+        if len(waiting) < len(todo):
+            progress.say(f"reused: {len(todo) - len(waiting)} of {len(todo)} points")
         for wave in _waves(waiting, parsed.cluster.workers):
             fit(wave)
             measure(wave)
+            evaluate(wave)
             if not parsed.keep_spectra:
                 drop_spectra(wave)
-        decompose_results.write_results(url, study, points, jobs)
+        urls = iter([each.urls for each in todo])
+        decompose_results.write_results(url, study, points, [() if point.refused else next(urls) for point in points])
         manifest["timings"] = session.timed(started)
         decompose_page.write_page(url, manifest)
         decompose_results.complete(url, manifest)
     return StudySummary(
-        url.rpartition("/")[2], url, location.join(url, "report.html"), study.store, measured, refused, measured - len(waiting)
+        url.rpartition("/")[2], url, location.join(url, "report.html"), study.store, len(todo), refused, len(todo) - len(waiting)
     )
 
 
@@ -132,38 +134,74 @@ def train(points: Sequence[Point]) -> None:
         _SESSION.get().shards(training.train, missing, "train")
 
 
+@dataclass(frozen=True)
+class Todo:
+    """What there is to do at a point."""
+
+    job: PointJob
+    lds: LdsJob | None
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The artifacts that will hold its numbers."""
+        return (self.job.url,) if self.lds is None else (self.job.url, self.lds.url)
+
+    @property
+    def done(self) -> bool:
+        """Whether an earlier study did it."""
+        return all(layout.is_complete(url) for url in self.urls)
+
+
+def _todo(study: Study, point: Point) -> Todo:
+    job = decompose.job_of(study, point)
+    return Todo(job, decompose_lds.lds_job(study, point, job))
+
+
 @_stage
-def fit(wave: Sequence[PointJob]) -> None:
+def fit(wave: Sequence[Todo]) -> None:
     """The spectra and factors of some points, side by side."""
-    for job in wave:
-        stages.fit(job.factors)
+    for each in wave:
+        stages.fit(each.job.factors)
     session = _SESSION.get()
-    missing = [each for job in wave for each in job.spectra if not layout.is_complete(each.url)]
-    for each in missing:
-        dense.create(each)
+    missing = [spectra for each in wave for spectra in each.job.spectra if not layout.is_complete(spectra.url)]
+    for spectra in missing:
+        dense.create(spectra)
     if missing:
-        session.shards(dense.rows, [rows for each in missing for rows in dense.row_tasks(each)], "matrices")
-        session.shards(dense.decompose, [block for each in missing for block in dense.decompose_tasks(each)], "eigendecompositions")
+        session.shards(dense.rows, [rows for spectra in missing for rows in dense.row_tasks(spectra)], "matrices")
+        session.shards(dense.decompose, [block for spectra in missing for block in dense.decompose_tasks(spectra)], "eigendecompositions")
         session.shards(dense.finish, missing, "finish spectra")
 
 
 @_stage
-def measure(wave: Sequence[PointJob]) -> None:
+def measure(wave: Sequence[Todo]) -> None:
     """Errors, overlaps and scores of some points."""
-    _SESSION.get().shards(decompose_measure.measure, wave, "measure")
+    _SESSION.get().shards(decompose_measure.measure, [each.job for each in wave], "measure")
 
 
-def drop_spectra(wave: Sequence[PointJob]) -> None:
+@_stage
+def evaluate(wave: Sequence[Todo]) -> None:
+    """Retrain on subsets where the study asks for it, and compare the scores of every rung with that."""
+    session, jobs = _SESSION.get(), [each.lds for each in wave if each.lds is not None]
+    for truth in {job.truth.url: job.truth for job in jobs}.values():
+        if not layout.is_complete(truth.url):
+            retraining.create(truth)
+            session.shards(retraining.retrain_piece, retraining.pieces(truth), "retrain")
+            session.shards(retraining.finish, [truth], "finish retraining")
+    if jobs:
+        session.shards(decompose_lds.evaluate, jobs, "LDS")
+
+
+def drop_spectra(wave: Sequence[Todo]) -> None:
     """Delete what is large and measured."""
-    for job in wave:
-        for each in job.spectra:
-            storage.delete_tree(each.url)
+    for each in wave:
+        for spectra in each.job.spectra:
+            storage.delete_tree(spectra.url)
 
 
-def _waves(jobs: Sequence[PointJob], width: int) -> Iterator[Sequence[PointJob]]:
+def _waves(todo: Sequence[Todo], width: int) -> Iterator[Sequence[Todo]]:
     """As many points at a time as there are workers: of more, the matrices would fill the store before the first is measured."""
-    for start in range(0, len(jobs), width):
-        yield jobs[start : start + width]
+    for start in range(0, len(todo), width):
+        yield todo[start : start + width]
 
 
 def _claim(study: Study, points: Sequence[Point], config: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -179,18 +179,24 @@ def score(job: scores.ScoreJob) -> list[dict[str, Any]]:
 
 
 @_stage
+def verify(jobs: Sequence[scores.ScoreJob]) -> None:
+    """Read every chunk of the scores back."""
+    _SESSION.get().shards(scores.verify_shard, [(job, shard) for job in jobs for shard in range(job.shape[0])], "verify")
+
+
+@_stage
 def average(job: ensemble.MeanJob) -> None:
-    """Average the members of an ensemble."""
-    _SESSION.get().shards(ensemble.average_shard, [(job, shard) for shard in range(job.first.shape[0])], "average")
+    """Average the members of an ensemble, and read the means back."""
+    shards = [(job, shard) for shard in range(job.first.shape[0])]
+    _SESSION.get().shards(ensemble.average_shard, shards, "average")
+    _SESSION.get().shards(ensemble.verify_mean, shards, "verify the average")
 
 
 @_stage
 def finish(done: plan.Plan, run_url: str, manifest: dict[str, Any], started: float) -> None:
-    """Verify every chunk, write the report, and turn the run complete. started: when the run began, as time.perf_counter."""
+    """Write the report, and turn the run complete. started: when the run began, as time.perf_counter."""
     here = _SESSION.get()
     storage.sweep(run_url)
-    jobs = [member.scores for member in done.members]
-    here.shards(scores.verify_shard, [(job, shard) for job in jobs for shard in range(job.shape[0])], "verify")
     with here.progress.stage("report", 1) as advance:
         begun = time.perf_counter()
         publish.write_page(done, run_url, manifest | {"timings": here.timed(started)})

@@ -50,6 +50,13 @@ class EvaluationConfig(_Table):
     subsets: Annotated[int, Field(ge=3)] = 100
     seeds: Count = 10
 
+    @field_validator("alphas")
+    @classmethod
+    def _alphas_are_shares(cls, alphas: list[float]) -> list[float]:
+        if any(not 0 < alpha < 1 for alpha in alphas) or len(set(alphas)) < len(alphas):
+            raise ValueError(f"evaluation.alphas must be different shares of the training examples, between 0 and 1, got {_shown(alphas)}")
+        return alphas
+
 
 class StudyConfig(_Table):
     """Everything that a study is told. Paths are absolute once load_study has read them."""

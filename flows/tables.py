@@ -53,6 +53,8 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         ["seeds", _inline(manifest.get("seeds"))],
         ["noise", _inline(manifest.get("noise")) or "none: nothing was sampled"],
         *(["separable", f"{method}: relative error {cell(error)}"] for method, error in manifest.get("separable_errors", {}).items()),
+        *(["solve", f"{method}: {_inline(solve)}"] for method, solve in manifest.get("solves", {}).items()),
+        *(["segments", f"{method}: {_segments(each)}"] for method, each in manifest.get("segments", {}).items()),
         ["versions", _inline(manifest.get("versions"))],
         *(["note", str(note)] for note in manifest.get("notes", [])),
     ]
@@ -70,7 +72,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
 
 SHOWN = {
     "run_id", "complete", "created", "problem", "methods", "shape", "measurement", "sign", "units", "coverage", "reused", "seeds", "noise",
-    "versions", "notes", "damping", "timings", "separable_errors",
+    "versions", "notes", "damping", "timings", "separable_errors", "solves", "segments",
 }  # fmt: skip
 
 
@@ -89,6 +91,11 @@ def _print_layers(coverage: dict[str, Any], damping: dict[str, Any]) -> None:
     ]
     if rows:
         print_table(["layer", "kind", "shape", "structure", *(f"damping {method}" for method in methods)], rows)
+
+
+def _segments(segments: list[dict[str, Any]]) -> str:
+    """Steps, time and damping of the segments that a training is cut into."""
+    return "; ".join(f"steps {s['steps'][0]}..{s['steps'][1]}, time {s['horizon']:.4g}" + (f", damping {s['damping']:.4g}" if "damping" in s else "") for s in segments)
 
 
 def _units(units: Any) -> str:

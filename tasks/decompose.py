@@ -115,7 +115,7 @@ def examine(study: Study) -> list[Point]:
     for swept in study.combinations():
         request, inputs, blocks = _examined(study, swept)
         needed = projected_bytes(blocks, "hessian")
-        refused = "" if needed <= study.memory_limit else f"takes {_gib(needed)}, memory_limit is {_gib(study.memory_limit)}"
+        refused = "" if needed <= study.memory_limit else f"takes {_size(needed)}, memory_limit is {_size(study.memory_limit)}"
         names, sizes = tuple(block.name for block in blocks), tuple(block.size for block in blocks)
         points += [Point(json.dumps(swept), share, request, inputs, names, sizes, needed, refused) for share in study.progress]
     if all(point.refused for point in points):
@@ -177,5 +177,5 @@ def _checkpoint(weights: str, progress: float) -> str:
     return location.join(weights.rpartition("/")[0], nearest.name)
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"

@@ -124,6 +124,15 @@ def limits_of(values: _Array) -> tuple[float, float]:
     return step * math.floor(low / step), step * math.ceil(high / step)
 
 
+def signed(share: float) -> str:
+    """A share that may be negative, as percent."""
+    if not math.isfinite(share):
+        return number(share)
+    if abs(share) < 0.0005:
+        return "0 %"
+    return percent(share) if share >= 0 else f"\N{MINUS SIGN}{percent(-share)}"
+
+
 def _line(name: str, colour: int, places: Sequence[tuple[float, float, str]], *, dashed: bool = False) -> Line:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places) if places else ""
     return Line(name, colour, path, tuple(Mark(*place) for place in places), dashed)

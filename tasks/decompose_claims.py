@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tasks.report_text import number, percent
+from tasks.decompose_charts import signed
+from tasks.report_text import number
 
 _Array = np.ndarray[Any, Any]
 
@@ -80,11 +81,7 @@ def _range(values: _Array) -> str:
     finite = values[np.isfinite(values)]
     if not len(finite):
         return "not measured"
-    return f"median {_share(np.median(finite))}, from {_share(finite.min())} to {_share(finite.max())}"
-
-
-def _share(value: float) -> str:
-    return percent(float(value)) if value >= 0 else f"\N{MINUS SIGN}{percent(-float(value))}"
+    return f"median {signed(float(np.median(finite)))}, from {signed(float(finite.min()))} to {signed(float(finite.max()))}"
 
 
 def _within(values: _Array, low: float, high: float) -> bool | None:

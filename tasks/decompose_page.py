@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from infra import storage
-from tasks.decompose_charts import Chart, ladder_chart, limits_of, share_chart, spectrum_chart
+from tasks.decompose_charts import Chart, ladder_chart, limits_of, share_chart, signed, spectrum_chart
 from tasks.decompose_claims import claims
 from tasks.report_text import date, number, percent, seconds
 from tda import location
@@ -187,15 +187,6 @@ def _environment() -> Environment:
         "padded": partial(number, padded=True),
         "seconds": seconds,
         "percent": percent,
-        "signed": _signed,
+        "signed": signed,
     }
     return environment
-
-
-def _signed(share: float) -> str:
-    """A share that may be negative, as percent."""
-    if not np.isfinite(share):
-        return number(share)
-    if abs(share) < 0.0005:
-        return "0 %"
-    return percent(share) if share >= 0 else f"\N{MINUS SIGN}{percent(-share)}"

@@ -14,7 +14,7 @@ import zarr
 import tda
 from infra import storage
 from tasks import layout
-from tasks.decompose import TOPS, Point, PointJob, Study, fingerprint_of
+from tasks.decompose import TOPS, Point, Study, fingerprint_of
 from tasks.decompose_measure import DEFINITIONS, QUANTILES, steps
 from tasks.tensors import read_tensors
 from tda import location, schema
@@ -65,11 +65,11 @@ def _described(point: Point) -> dict[str, Any]:
     }
 
 
-def write_results(url: str, study: Study, points: Sequence[Point], jobs: Sequence[PointJob | None]) -> None:
-    """Write results.zarr of a study in `url`; a job for each point, None where it was refused."""
+def write_results(url: str, study: Study, points: Sequence[Point], jobs: Sequence[Sequence[str]]) -> None:
+    """Write results.zarr of a study in `url`. jobs: for each point the artifacts that hold its numbers; none where it was refused."""
     group = location.open_group(location.join(url, "results.zarr"), "a")
     group.attrs.update({"schema_version": schema.SCHEMA_VERSION, "study_id": url.rpartition("/")[2]})
-    found = [None if job is None else _numbers(job) for job in jobs]
+    found = [_numbers(urls) for urls in jobs]
     layers = max(len(point.layers) for point in points)
     for name, values in coordinates(study).items():
         _write(group, name, values)
@@ -78,12 +78,11 @@ def write_results(url: str, study: Study, points: Sequence[Point], jobs: Sequenc
     _write(group, "parameters", np.array([point.parameters for point in points]))
     _write(group, "projected_bytes", np.array([point.bytes for point in points]))
     _write(group, "refused", np.array([point.refused for point in points]))
-    measured = next(each for each in found if each is not None)
-    for name in measured:
-        shapes = [each[name].shape for each in found if each is not None]
+    for name in sorted({name for each in found for name in each}):
+        shapes = [each[name].shape for each in found if name in each]
         whole = np.full((len(points), *np.max(shapes, 0).tolist()), np.nan)
         for i, each in enumerate(found):
-            if each is not None:
+            if name in each:
                 some: Any = (i, *(slice(n) for n in each[name].shape))
                 whole[some] = each[name]
         _write(group, name, _widened(whole, name, layers))
@@ -93,7 +92,8 @@ def write_results(url: str, study: Study, points: Sequence[Point], jobs: Sequenc
 
 def coordinates(study: Study) -> dict[str, np.ndarray[Any, Any]]:
     """The labels of every dimension but the points and their layers."""
-    return {
+    evaluated = {"alpha": np.array(json.loads(study.evaluation)["alphas"]), "bound": np.array([0.025, 0.975])} if study.evaluation else {}
+    return evaluated | {
         "definition": np.array(DEFINITIONS),
         "inverse": np.array([label for label, _ in study.inverses]),
         "reference": np.array(REFERENCES),
@@ -105,8 +105,11 @@ def coordinates(study: Study) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def _numbers(job: PointJob) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: tensor.numpy() for name, tensor in read_tensors(location.join(job.url, "numbers.safetensors")).items()}
+def _numbers(urls: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for url in urls:
+        found |= {name: tensor.numpy() for name, tensor in read_tensors(location.join(url, "numbers.safetensors")).items()}
+    return found
 
 
 def _widened(values: np.ndarray[Any, Any], name: str, layers: int) -> np.ndarray[Any, Any]:

@@ -219,23 +219,23 @@ def finish(job: DenseJob) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started}
 
 
-def load_spectra(url: str) -> tuple[Spectrum, ...]:
-    """Completed spectra, one per diagonal block.
+def load_spectra(url: str, *, vectors: bool = True) -> tuple[Spectrum, ...]:
+    """Completed spectra, one per diagonal block; without `vectors` their eigenvalues alone, and empty matrices.
 
     Raises InputError where they are damaged.
     """
     attrs = location.open_group(location.join(url, "spectra.zarr"), "r").attrs
     try:
-        return tuple(_read(url, diagonal) for diagonal in range(len(cast("Sequence[Any]", attrs["sizes"]))))
+        return tuple(_read(url, diagonal, vectors=vectors) for diagonal in range(len(cast("Sequence[Any]", attrs["sizes"]))))
     except ArithmeticError as error:
         raise InputError(f"{url}: {error}; delete that folder and start the run again, which computes it anew") from error
 
 
-def _read(url: str, diagonal: int) -> Spectrum:
+def _read(url: str, diagonal: int, *, vectors: bool = True) -> Spectrum:
     """One diagonal block's spectrum; ArithmeticError where a chunk is lost or damaged."""
     group = location.open_group(location.join(url, "spectra.zarr"), "r")
     found = []
-    for name in ("spectrum", "eigenvectors"):
+    for name in ("spectrum", "eigenvectors") if vectors else ("spectrum",):
         try:
             values = np.asarray(_array(group, diagonal, name)[...])
         except (InputError, OSError):  # the store's trouble, not the chunk's
@@ -246,7 +246,7 @@ def _read(url: str, diagonal: int) -> Spectrum:
             raise ArithmeticError(f"{name} of diagonal block {diagonal} has a value that is missing or not finite")
         found.append(torch.from_numpy(values))
     blocks = cast("Sequence[Sequence[int]]", group.attrs["diagonals"])[diagonal]
-    return Spectrum(tuple(blocks), found[0], found[1].T)
+    return Spectrum(tuple(blocks), found[0], found[1].T if vectors else torch.empty(0, 0, dtype=torch.float64))
 
 
 def _array(group: Any, diagonal: int, name: str) -> Any:

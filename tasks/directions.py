@@ -27,7 +27,7 @@ from tasks.factors import fitted
 from tasks.subject import Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location
-from tda.directions import Dense, Direction, Factored, query_gradients, squared_norms
+from tda.directions import Dense, Direction, Factored, join, query_gradients, squared_norms, take
 from tda.methods import Method, parse
 from tda.methods.work import Fit, Work
 from tda.products import Products
@@ -85,9 +85,9 @@ def load_fit(fit: Fit, url: str, subject: Subject) -> tuple[Any, ...]:
     return fitted(url, subject) if fit.kind == "kronecker" else spectra(url)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def spectra(url: str) -> tuple[Any, ...]:
-    """The spectra of a completed dense fit, kept for the next task of the same worker."""
+    """The spectra of a completed dense fit, kept for the next task of the same worker; one at a time, for they are large."""
     return tuple(dense.load_spectra(url))
 
 
@@ -128,15 +128,17 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
             tuple(open_subject(subject).attributed for subject in job.averages),
             read_tensors(state) if location.exists(state) else None,
             _kept(state),
+            job.ids(block).start,
             opened.query,
             job.ids(block),
             gradients_at if job.checkpoints else None,
         )
-        made = job.parsed().directions(work, gradients)
+        method = job.parsed()
+        made = method.directions(work, gradients)
         tensors = {"measurement": values, "norms": norms} | {f"kept/{name}": tensor for name, tensor in made.kept.items()}
         for p, directions in enumerate(made.passes):
             for b, direction in enumerate(directions):
-                tensors |= {f"{p}/{b}/{side}": t for side, t in _sides(direction, job.products).items()}
+                tensors |= {f"{p}/{b}/{side}": t for side, t in _sides(direction, "full" if method.exact else job.products).items()}
         # The tensors are written last: they are what says that the block is done.
         storage.write_json(job.place("queries", block, "json"), made.told)
         write_tensors(url, tensors)
@@ -158,7 +160,10 @@ def _kept(url: str) -> Callable[[dict[str, Tensor]], None]:
 
 
 def finish(job: DirectionJob) -> None:
-    """Write the completion marker."""
+    """Sweep what interrupted tasks left, and write the completion marker."""
+    for block in range(job.blocks):
+        storage.delete(job.place("state", block))
+    storage.sweep(job.url)
     storage.write_json(location.join(job.url, "complete.json"), {"queries": job.queries, "method": json.loads(job.method)})
 
 
@@ -182,17 +187,33 @@ class Directions:
     kept: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_directions(job: DirectionJob, block: int) -> Directions:
-    """The directions of one query block."""
-    tensors = read_tensors(job.place("queries", block))
+def read_directions(job: DirectionJob, ids: range) -> Directions:
+    """The directions of queries `ids`, whatever blocks they were made in."""
+    parts = []
+    for block in range(ids.start // job.block, -(-ids.stop // job.block)):
+        made = job.ids(block)
+        some = slice(max(ids.start - made.start, 0), min(ids.stop, made.stop) - made.start)
+        parts.append(_read(job.place("queries", block), some))
+    if len(parts) == 1:
+        return parts[0]
+    passes = [[join(blocks) for blocks in zip(*each, strict=True)] for each in zip(*(part.passes for part in parts), strict=True)]
+    kept = {name: torch.cat([part.kept[name] for part in parts]) if t.ndim else t for name, t in parts[0].kept.items()}
+    return Directions(passes, torch.cat([part.measurement for part in parts]), torch.cat([part.norms for part in parts]), kept)
+
+
+def _read(url: str, some: slice) -> Directions:
+    tensors = read_tensors(url)
+    # What is kept has the queries along its first axis, or is one number for all.
     kept = {key.removeprefix("kept/"): tensor for key, tensor in tensors.items() if key.startswith("kept/")}
+    kept = {name: tensor[some] if tensor.ndim else tensor for name, tensor in kept.items()}
     places = [key.split("/") for key in tensors if "/" in key and not key.startswith("kept/")]
     passes = 1 + max((int(place[0]) for place in places), default=-1)
     count = 1 + max((int(place[1]) for place in places), default=-1)
 
     def direction(p: int, b: int) -> Direction:
         key = f"{p}/{b}/"
-        return Dense(tensors[key + "matrix"]) if key + "matrix" in tensors else Factored(tensors[key + "left"], tensors[key + "right"])
+        whole = Dense(tensors[key + "matrix"]) if key + "matrix" in tensors else Factored(tensors[key + "left"], tensors[key + "right"])
+        return take(whole, some)
 
-    made = [[direction(p, b) for b in range(count)] for p in range(passes)]
-    return Directions(made, tensors["measurement"], tensors["norms"], kept)
+    found = [[direction(p, b) for b in range(count)] for p in range(passes)]
+    return Directions(found, tensors["measurement"][some], tensors["norms"][some], kept)

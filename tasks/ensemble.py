@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tasks import layout
-from tasks.scores import ScoreJob, create_results
+from tasks.scores import ScoreJob, create_results, verify_shard
 from tda import location
 
 
@@ -57,4 +57,16 @@ def average_shard(task: tuple[MeanJob, int]) -> dict[str, Any]:
         wanted["query_measurement"] = (slice(None),)
     for name, where in wanted.items():
         into[name][where] = np.stack([group[name][where].astype(np.float64) for group in groups]).mean(0).astype(np.float32)
+    return {"seconds": time.perf_counter() - started}
+
+
+def verify_mean(task: tuple[MeanJob, int]) -> dict[str, Any]:
+    """Read one train chunk of the means back; ArithmeticError where a value is missing or damaged. The next try averages again."""
+    job, shard = task
+    started = time.perf_counter()
+    verify_shard((replace(job.first, results=job.results, receipts=location.join(job.results, "receipts")), shard))
+    ids = job.first.train_ids(shard)
+    group: Any = location.open_group(job.results)
+    if not np.isfinite(group["stderr"][:, :, ids.start : ids.stop]).all():
+        raise ArithmeticError(f"stderr, training examples {ids.start}..{ids.stop - 1}: a value is missing or not finite")
     return {"seconds": time.perf_counter() - started}

@@ -106,8 +106,9 @@ def seeds(request: Request) -> range:
 def plan(request: Request, inputs: Inputs) -> Plan:
     """Decide a run. Where the request names no checkpoint, the trained artifacts are used; they must be there."""
     members = tuple(_member(request, inputs, seed) for seed in seeds(request))
-    asked = [[*member.fingerprints()["directions"].values(), member.scores.scoring_batch] for member in members]
-    whole = fingerprint("run", members=asked, self_influence=request.self_influence, seed=request.seed)
+    asked = [[*member.fingerprints()["directions"].values(), member.scores.scoring_batch, member.scores.shard_size] for member in members]
+    titles = [method.title for method in parse_all([json.loads(text) for text in request.methods])]
+    whole = fingerprint("run", members=asked, titles=titles, self_influence=request.self_influence, seed=request.seed)
     return Plan(request, inputs, members, whole)
 
 
@@ -124,13 +125,19 @@ def _member(request: Request, inputs: Inputs, seed: int) -> Member:
     itemsize = torch.tensor([], dtype=attributed.dtype).element_size()
     batch = request.batch_size or sizes.batch_size(blocks, attributed.outputs, itemsize=itemsize)
     shard = request.shard_size or sizes.shard_size(inputs.examples)
-    queries = request.query_block or sizes.query_block(blocks, inputs.queries, len(methods), itemsize=itemsize)
-    if request.query_block is None and CHUNK_QUERIES < queries < inputs.queries:
-        queries -= queries % CHUNK_QUERIES  # so that it can be cut in chunks of that many
-    scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries * len(methods), itemsize=itemsize)
+    passes = sum(method.passes for method in methods)
+
+    def block(vectors: int) -> int:
+        """Queries at a time, so many vectors being held for each; whole chunks of them."""
+        count = request.query_block or sizes.query_block(blocks, inputs.queries, vectors, itemsize=itemsize)
+        whole = request.query_block is not None or not CHUNK_QUERIES < count < inputs.queries
+        return count if whole else count - count % CHUNK_QUERIES
+
+    queries = block(passes)
+    scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries * passes, itemsize=itemsize)
     cutter = _Cutter(request, inputs, subject, seed, batch, shard)
     fits: dict[str, FitJob] = {}
-    scored = tuple(cutter.scored(method, queries, fits) for method in methods)
+    scored = tuple(cutter.scored(method, block(method.vectors), fits) for method in methods)
     job = ScoreJob(
         subject, scored, "", "", inputs.examples, inputs.queries, shard, queries, scoring, request.products, request.self_influence
     )
@@ -153,10 +160,10 @@ class _Cutter:
         unrolled = self._unrolled(method)
         jobs = {fit: self._fit(fit, unrolled) for fit in method.fits}
         for fit, found in jobs.items():
-            fits[fit.key if fits.get(fit.key, found) == found else f"{fit.key}, {method.title}"] = found
+            if found not in fits.values():
+                fits[fit.key if fit.key not in fits else f"{fit.key}, {method.title}"] = found
         keys = [jobs[fit].url.rpartition("/")[2] for fit in method.fits]
-        options = {key: value for key, value in json.loads(method.model_dump_json()).items() if key != "label"}
-        asked = {"query": self.inputs.query, "method": options, "fits": keys, "block": queries}
+        asked = {"query": self.inputs.query, "method": method.determining(), "fits": keys, "block": queries}
         asked |= {"seed": self.seed} if method.stochastic else {}
         asked |= (
             {"segments": [asdict(segment) for segment in unrolled.segments], "averages": [s.weights for s in unrolled.averages]}
@@ -181,7 +188,7 @@ class _Cutter:
         names = [name for block in opened.attributed.blocks for name in block.parameters]
         return {
             "weights": subject.weights, "problem": self.inputs.problem, "train": self.inputs.train, "parameters": names,
-            "dtype": str(opened.attributed.dtype), "products": self.request.products, "batch": self.batch, "shard": self.shard,
+            "dtype": str(opened.attributed.dtype), "products": self.request.products, "batch": self.batch,
         }  # fmt: skip
 
     def _fit(self, fit: Fit, unrolled: Unrolled) -> FitJob:
@@ -202,7 +209,7 @@ class _Cutter:
             return ProjectionJob(url, subjects[0], projection, examples, self.shard, self.batch)
         seed = self.seed if fit.of == "sampled" else 0
         common = self._common(subjects[0]) | ({"pooled": [s.weights for s in subjects]} if len(subjects) > 1 else {})
-        url = layout.artifact(store, "factors", fingerprint("factors", fisher=fit.of, seed=seed, **common))
+        url = layout.artifact(store, "factors", fingerprint("factors", fisher=fit.of, seed=seed, shard=self.shard, **common))
         return FactorJob(url, subjects, fit.of, seed, examples, self.shard, self.batch, self.request.products)  # type: ignore[arg-type]
 
     def _unrolled(self, method: Method) -> Unrolled:
@@ -255,14 +262,11 @@ def results_attrs(plan: Plan, run_id: str) -> dict[str, Any]:
 
 
 def described(plan: Plan) -> dict[str, Any]:
-    """The plan's fingerprints, for the manifest."""
-    found = {
+    """The plan's fingerprints, for the manifest; of an ensemble's artifacts those of the first member."""
+    return {
         **plan.first.fingerprints(),
         "train_data": plan.inputs.train,
         "query_data": plan.inputs.query,
         "problem": plan.inputs.problem,
         "run": plan.fingerprint,
     }
-    if len(plan.members) > 1:
-        found["members"] = [member.fingerprints() for member in plan.members]
-    return found

@@ -16,8 +16,8 @@ from tasks.training import segments_of
 from tda.data import batches, digest, length
 from tda.directions import check_finite
 from tda.errors import InputError
-from tda.methods import parse_all
-from tda.problem import can_fit, problem_digest
+from tda.methods import Method, parse_all
+from tda.problem import Problem, can_fit, problem_digest
 from tda.products import Products
 
 #: So many examples of each split are evaluated before a run starts; the others' losses are checked when they are scored.
@@ -70,11 +70,13 @@ def examine(request: Request) -> Inputs:
 def _examined(request: Request) -> Inputs:
     methods = parse_all([json.loads(text) for text in request.methods])
     subject = request.subject
+    forget()  # a schedule's process may have opened what lay here yesterday
     if subject.dtype == "float64" and request.products == "bfloat16":
         raise InputError('products = "bfloat16" makes no sense with dtype = "float64"; leave one of them out')
-    forget()  # a schedule's process may have opened what lay here yesterday
     opened = open_subject(subject)
     problem = opened.attributed.problem
+    if opened.attributed.dtype == torch.float64 and request.products == "bfloat16":
+        raise InputError('products = "bfloat16" makes no sense with a float64 model; set dtype = "float32", or leave products out')
     if subject.checkpoint and request.ensemble > 1:
         raise InputError(
             f"ensemble = {request.ensemble} trains that many models, and the config gives a checkpoint; leave one of the two out"
@@ -88,6 +90,7 @@ def _examined(request: Request) -> Inputs:
         batch = opened.attributed.load(opened.train, [0])
         next(problem.likelihood.hessian_columns(opened.attributed.tape(batch).outputs.detach(), batch.targets))
     for method in methods:
+        _check_products(method, problem)
         method.check(opened.attributed)
         if method.meets != "final" and subject.checkpoint:
             segments_of(method, subject.checkpoint)
@@ -100,6 +103,15 @@ def _examined(request: Request) -> Inputs:
         found["train"][1],
         found["query"][1],
     )
+
+
+def _check_products(method: Method, problem: Problem) -> None:
+    """InputError where a method takes products with the GGN, and the problem's likelihood is not made for them."""
+    if getattr(method, "curvature", "") in ("ggn", "block_ggn") and not hasattr(problem.likelihood, "hessian_product"):
+        raise InputError(
+            f"method {method.title!r} needs hessian_product(outputs, targets, tangents) of likelihood {type(problem.likelihood).__name__}, "
+            'which has none; define it, or use the Hessian: name = "hessian", or curvature = "hessian"'
+        )
 
 
 def _target_check(opened: Opened, split: str) -> Callable[[Tensor], None]:

@@ -10,7 +10,8 @@ import torch
 
 import tda
 from infra import storage
-from tasks.directions import curvature_of, told
+from tasks.dense import load_spectra
+from tasks.directions import load_fit, told
 from tasks.factors import FactorJob
 from tasks.plan import Plan, described, stated
 from tasks.report import write_report
@@ -94,18 +95,19 @@ def _sampled(plan: Plan) -> dict[str, int]:
 
 
 def used_damping(plan: Plan) -> dict[str, dict[str, float]]:
-    """lambda by method and layer (one under "all layers" where it is the same by its nature), for the methods that have one."""
+    """lambda by method and layer, for the methods that have one."""
     blocks = open_subject(plan.first.subject).attributed.blocks
     found: dict[str, dict[str, float]] = {}
     for scored in plan.first.scores.methods:
-        method = scored.directions.parsed()
-        used = method.damping_of(curvature_of(scored.directions))
+        job, method = scored.directions, scored.directions.parsed()
+        each_fit = zip(method.fits, job.fits, strict=True)
+        curvature = [load_spectra(url, vectors=False) if fit.kind == "dense" else load_fit(fit, url, job.subject) for fit, url in each_fit]
+        used = method.damping_of(curvature)
         if used is None:
-            used = told(scored.directions)[0].get("damping")
-        if isinstance(used, list):
-            found[method.title] = {block.name: value for block, value in zip(blocks, used, strict=True)}
-        elif used is not None:
-            found[method.title] = {"all layers": used}
+            used = told(job)[0].get("damping")
+        if used is not None:
+            each = used if isinstance(used, list) else [used] * len(blocks)
+            found[method.title] = {block.name: value for block, value in zip(blocks, each, strict=True)}
     return found
 
 

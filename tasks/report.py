@@ -129,15 +129,17 @@ def _method(run: Run, train: _Examples, place: int) -> dict[str, Any]:
         "layers": _layers(run.manifest, run.methods[place]),
         "unit": _unit(run, place),
         "cosine": _unit(run, place).startswith("cosine"),
+        "solve": run.manifest.get("solves", {}).get(run.methods[place]),
         "separable": run.manifest.get("separable_errors", {}).get(run.methods[place]),
     }
 
 
 def _own_influence(run: Run, place: int) -> _Array:
     try:
-        return run.self_influence[place].to_numpy()
+        own = run.self_influence[place].to_numpy()
     except NotStored:
         return np.empty(0)
+    return own if np.isfinite(own).any() else np.empty(0)  # methods that would need a solve for each example have none
 
 
 def _sampled_queries(run: Run) -> list[int]:

@@ -113,12 +113,12 @@ def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor
     parts: dict[Subject, list[Part]] = {subject: [] for subject in job.subjects}
     measurement = torch.empty(0)
     for m, (scored, method) in enumerate(zip(job.methods, job.parsed(), strict=True)):
-        read = read_directions(scored.directions, block)
+        read = read_directions(scored.directions, job.query_ids(block))
         measurement = read.measurement
         if (direct := method.direct(read.kept)) is not None:
             parts[job.subject].append(Part(m, 1.0, Scorer(method.title, (), read.norms, direct=direct)))
             continue
-        owned = job.self_influence and _gives_own(method)
+        owned = job.self_influence and block == 0 and _gives_own(method)
         own_of = _owns(scored.directions) if owned else ()
         for p, (directions, met) in enumerate(zip(read.passes, scored.meets, strict=True)):
             for subject in met:

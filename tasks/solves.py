@@ -13,19 +13,36 @@ from tasks.plan import Plan
 from tda import location, schema
 
 
-def summarize(plan: Plan) -> dict[str, dict[str, Any]]:
-    """For the manifest, by method: separable_errors, and of each solve the steps, evaluations, worst residual and unconverged queries."""
+def summarize(plan: Plan) -> dict[str, Any]:
+    """For the manifest, by method, the worst over query blocks, segments and members.
+
+    separable_errors; solves: steps, evaluations, largest residual, and how many solves of a query did not reach the tolerance; segments:
+    of the training, with their horizons and dampings, for methods that unroll it (those of the first member).
+    """
     errors: dict[str, float] = {}
     solves: dict[str, dict[str, Any]] = {}
+    segments: dict[str, Any] = {}
     for member in plan.members:
         for scored in member.scores.methods:
             title, each = scored.directions.parsed().title, told(scored.directions)
             for one in each:
                 if "separable_error" in one:
                     errors[title] = max(errors.get(title, 0.0), one["separable_error"])
+                if "segments" in one:
+                    segments.setdefault(title, one["segments"])
                 for solve in one.get("solves", []):
                     solves[title] = _worse(solves.get(title), solve)
-    return {"separable_errors": errors, "solves": solves}
+    return {"separable_errors": errors, "solves": solves, "segments": segments}
+
+
+def warnings(solves: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for every method some of whose solves ended before their tolerance."""
+    return [
+        f"{title}: {solve['unconverged']} of {solve['solved']} solves did not reach the tolerance {solve['tolerance']:g} in "
+        f"{solve['steps']} steps (largest residual {solve['residual']:.3g}); see docs/solvers.md for what brings them further"
+        for title, solve in solves.items()
+        if solve["unconverged"]
+    ]
 
 
 def _worse(known: dict[str, Any] | None, solve: dict[str, Any]) -> dict[str, Any]:
@@ -35,28 +52,34 @@ def _worse(known: dict[str, Any] | None, solve: dict[str, Any]) -> dict[str, Any
         "evaluations": solve["evaluations"][-1],
         "residual": max(solve["residual"][-1]),
         "unconverged": len(solve["converged"]) - sum(solve["converged"]),
+        "solved": len(solve["converged"]),
         "tolerance": solve["tolerance"],
     }
     if known is None:
         return found
-    return {key: known[key] + value if key == "unconverged" else max(known[key], value) for key, value in found.items()}
+    counted = ("unconverged", "solved")
+    return {key: known[key] + value if key in counted else max(known[key], value) for key, value in found.items()}
 
 
-def write_solves(plan: Plan, run_url: str) -> None:
-    """Write solves.zarr/<label>/<solve>/{residual, evaluations}; nothing where no method of the run solves. A solve: one per segment."""
-    url = location.join(run_url, "solves.zarr")
-    jobs = [scored.directions for scored in plan.first.scores.methods]
-    found = {job.parsed().title: _joined(job) for job in jobs}
-    if not any(found.values()) or location.exists(location.join(run_url, "receipts", "solves.json")):
-        return
-    group = location.open_group(url, "a")
-    group.attrs.update({"schema_version": schema.SCHEMA_VERSION})
-    for title, solves in found.items():
-        for s, (residual, evaluations) in enumerate(solves):
-            for name, values in (("residual", residual), ("evaluations", evaluations)):
-                layout.ensure_array(group, f"{title}/{s}/{name}", values.shape)[...] = values
-    location.seal(url)
-    storage.write_json(location.join(run_url, "receipts", "solves.json"), {})
+def write_solves(plan: Plan) -> None:
+    """Write solves.zarr/<label>/<solve>/{residual, evaluations} beside every member's results; nothing where no method solves.
+
+    A solve: one per segment of the training for methods that unroll it, else one.
+    """
+    for member in plan.members:
+        done = location.join(member.scores.receipts, "solves.json")
+        found = {scored.directions.parsed().title: _joined(scored.directions) for scored in member.scores.methods}
+        if not any(found.values()) or location.exists(done):
+            continue
+        url = location.join(member.scores.results.rpartition("/")[0], "solves.zarr")
+        group = location.open_group(url, "a")
+        group.attrs.update({"schema_version": schema.SCHEMA_VERSION})
+        for title, solves in found.items():
+            for s, (residual, evaluations) in enumerate(solves):
+                for name, values in (("residual", residual), ("evaluations", evaluations)):
+                    layout.ensure_array(group, f"{title}/{s}/{name}", values.shape)[...] = values
+        location.seal(url)
+        storage.write_json(done, {})
 
 
 def _joined(job: DirectionJob) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -17,8 +17,9 @@ from tda.errors import InputError
 from tda.modules import inspect
 from tda.problem import Problem, import_problem, load_problem, problem_digest
 
-#: Checkpoints that a worker keeps open: a method that unrolls the training scores against several in one shard.
-OPEN_AT_ONCE = 8
+#: Checkpoints that a worker keeps open: methods that unroll the training score against several in one shard, those of three such
+#: methods with their defaults among them.
+OPEN_AT_ONCE = 16
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 

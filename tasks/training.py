@@ -2,7 +2,7 @@
 
 weights.safetensors          what it ended with
 steps/<step>.safetensors     checkpoints on the way, where `fit` reports any: at most trajectory.KEPT, evenly spaced
-trajectory.json              their steps, learning rates summed up, and weight decay
+trajectory.json              their steps, learning rates summed up, and weight decay; the digest of the weights that the training ended with
 complete.json                last
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from infra import storage
 from tasks import layout
-from tasks.subject import DTYPES, Subject
+from tasks.subject import DTYPES, Subject, read_checkpoint
 from tda import checkpoint, location
 from tda.errors import InputError
 from tda.methods import Method
@@ -43,27 +43,41 @@ def train(job: tuple[Subject, int, str]) -> dict[str, Any]:
         )
         problem.fit(model, problem.train_data(), seed=seed, on_checkpoint=recorder)
         data = checkpoint.dump(model)
-        state = checkpoint.parse(data, "of the training just done")
+        digest = checkpoint.digest(checkpoint.parse(data, "of the training just done"))
         trajectory = recorder.finish(model)
         if trajectory is not None:
-            storage.write_json(location.join(url, "trajectory.json"), trajectory.to_json())
+            storage.write_json(location.join(url, "trajectory.json"), trajectory.to_json() | {"digest": digest})
         storage.write_bytes(location.join(url, "weights.safetensors"), data)
-        storage.write_json(location.join(url, "complete.json"), {"seed": seed, "digest": checkpoint.digest(state)})
+        storage.write_json(location.join(url, "complete.json"), {"seed": seed, "digest": digest})
     return {"seconds": time.perf_counter() - started}
 
 
 def read_trajectory(weights: str, method: str = "source") -> Trajectory:
     """The trajectory of the training that ended with `weights`, the URL of a weights.safetensors. method: which needs it, for the message.
 
-    Raises InputError where it is not known: the checkpoint was not trained by a run, or its `fit` reported nothing.
+    Raises InputError where it is not known: the checkpoint was not trained by a run, its `fit` reported nothing, or the trajectory is of
+    other weights than these (or does not say of which).
     """
+    url = location.join(weights.rpartition("/")[0], "trajectory.json")
     try:
-        return Trajectory.from_json(location.read_json(location.join(weights.rpartition("/")[0], "trajectory.json")))
+        found = location.read_json(url)
     except FileNotFoundError as error:
+        raise InputError(_unknown(weights, method)) from error
+    digest = checkpoint.digest(read_checkpoint(weights))
+    if found.get("digest") != digest:
         raise InputError(
-            f"{method} needs the training's checkpoints, and there is no trajectory beside {weights}; leave `checkpoint` out, so that the "
-            "run trains it, and let fit call on_checkpoint(model=..., learning_rate=..., step=...) after each epoch"
-        ) from error
+            f"{url} is not of the training that ended with {weights}; put back the two that were written together, "
+            "or train anew: without `checkpoint`, and where that folder is a store's own, after deleting it"
+        )
+    return Trajectory.from_json(found)
+
+
+def _unknown(weights: str, method: str) -> str:
+    needed = f"{method} needs the training's checkpoints"
+    call = "call on_checkpoint(model=..., learning_rate=..., step=...) after each epoch"
+    if layout.is_complete(weights.rpartition("/")[0]):
+        return f"{needed}, and the fit that ended with {weights} reported none; let it {call}, and a run without `checkpoint` trains anew"
+    return f"{needed}, and there are none beside {weights}; leave `checkpoint` out, so that the run trains with a fit; let that {call}"
 
 
 def segments_of(method: Method, weights: str) -> tuple[Segment, ...]:

@@ -130,7 +130,7 @@ def query_gradients(attributed: Attributed, dataset: Any, ids: Sequence[int], *,
             pairs = tape.pairs(tape.seed(tape.measurement))
             found.append([_gradient(block, p) for block, p in zip(attributed.blocks, pairs, strict=True)])
     # Parts are let go as they are joined: both together would be twice the memory.
-    return [_join([part.pop(0) for part in found]) for _ in attributed.blocks], torch.cat(values)
+    return [join([part.pop(0) for part in found]) for _ in attributed.blocks], torch.cat(values)
 
 
 def check_finite(values: Tensor, ids: Sequence[int], what: str) -> None:
@@ -149,7 +149,8 @@ def _gradient(block: Block, pairs: Sequence[Pair]) -> Direction:
     return Factored(left, right)
 
 
-def _join(parts: Sequence[Direction]) -> Direction:
+def join(parts: Sequence[Direction]) -> Direction:
+    """The directions of several groups of queries as those of one."""
     if any(isinstance(part, Dense) for part in parts):
         return Dense(torch.cat([dense(part) for part in parts]))
     rank = max(part.rank for part in parts if isinstance(part, Factored))

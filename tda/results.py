@@ -195,33 +195,32 @@ class Run:
         Raises:
             InputError: the run has no such member.
         """
-        count = int(self.manifest.get("config", {}).get("ensemble", 1))
+        count = self._ensemble
         if count == 1 or not 0 <= member < count:
             has = f"it has {count}, counted from 0" if count > 1 else "it is no ensemble; see `ensemble` in the configuration"
             raise InputError(f"run {self.id} has no member {member}; {has}")
         return Scores(_with_labels(lazy(self._open_group("members", str(member), "results.zarr")))["influence"])
 
-    def solve(self, method: str, segment: int = 0) -> xr.Dataset:
+    def solve(self, method: str, segment: int = 0, member: int | None = None) -> xr.Dataset:
         """How an iterative method's solve went: residual (step, query), relative, and evaluations (step,), products spent per query.
 
-        segment: of methods that solve once per segment of the training.
+        segment: of methods that solve once per segment of the training. member: of an ensemble; the first when absent.
 
         Raises:
             NotStored: the method did not solve iteratively.
         """
         names = self.manifest.get("solves", {})
         if method not in names:
-            raise NotStored(
-                f"run {self.id} has no solve of {method!r}; cg, sni, astra and astra_source store it (it has {', '.join(names)})"
-            )
-        url = location.join(self.url, "solves.zarr")
-        group = location.open_group(url)
-        schema.check_version(group.attrs, url)
-        folder = group.get(f"{method}/{segment}")
-        if not isinstance(folder, zarr.Group):
+            known = ", ".join(names) or "none"
+            raise NotStored(f"run {self.id} has no solve of {method!r}; cg, sni, astra and astra_source store it (it has {known})")
+        folder = ("members", str(member or 0)) if self._ensemble > 1 else ()
+        group = self._open_group(*folder, "solves.zarr")
+        schema.check_version(group.attrs, str(group.store_path))
+        found = group.get(f"{method}/{segment}")
+        if not isinstance(found, zarr.Group):
             raise NotStored(f"run {self.id} has no solve {segment} of {method!r}")
         schema.validate(group, [f"{method}/{segment}/{name}" for name in ("residual", "evaluations")])
-        return lazy(folder)
+        return lazy(found)
 
     @property
     def trajectories(self) -> xr.Dataset:
@@ -280,6 +279,10 @@ class Run:
     def better(self) -> Literal["lower", "higher"]:
         """The measurement's better direction: "lower" for a loss."""
         return "higher" if self.manifest.get("measurement", {}).get("better") == "higher" else "lower"
+
+    @property
+    def _ensemble(self) -> int:
+        return int(self.manifest.get("config", {}).get("ensemble", 1))
 
     @cached_property
     def _results(self) -> xr.Dataset:

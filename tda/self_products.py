@@ -76,7 +76,10 @@ def whole_products(own: WholeSpectra | Projected, gradients: Sequence[Tensor]) -
     """g^T C^-1 g for a batch, (batch,), from its gradients (batch, size) of every block."""
     total = torch.zeros(len(gradients[0]), dtype=torch.float64)
     for rows, spectrum, inverse in zip(_coordinates(own, gradients), own.spectra, own.inverses, strict=True):
-        total += (rows.double() @ spectrum.vectors).square() @ inverse
+        step = max(1, GRADIENT_BYTES // (8 * len(inverse)))
+        for start in range(0, len(total), step):
+            some = slice(start, start + step)
+            total[some] += (rows[some].double() @ spectrum.vectors).square() @ inverse
     return total
 
 

@@ -73,14 +73,18 @@ class Study:
 
     @cached_property
     def points(self) -> xr.Dataset:
-        """Everything that was measured, one row per point; the swept options are coordinates of the dimension `point`."""
+        """Everything that was measured, one row per point; the swept options are coordinates of the dimension `point`.
+
+        An option whose name an array has already is called option_<name>.
+        """
         group = location.open_group(location.join(self.url, "results.zarr"))
         schema.validate(group, sorted(group.array_keys()))
         data = xr.open_dataset(xr.backends.ZarrStore(group, mode="r"), decode_cf=False, chunks=None).load()
         for name in [n for n in (*data.data_vars, *data.coords) if data[n].dtype.kind in "TU"]:
             data[name] = data[name].dims, np.array(data[name].to_numpy(), dtype=object).astype(str), data[name].attrs
         options = [point["swept"] for point in self.manifest["points"]]
-        swept = {key: ("point", [_plain(each[key]) for each in options]) for key in (options[0] if options else {})}
+        taken = {*data.variables, *data.dims}
+        swept = {f"option_{k}" if k in taken else k: ("point", [_plain(each[k]) for each in options]) for k in options[0]}
         if any(point["progress"] != 1 for point in self.manifest["points"]):
             swept["progress"] = ("point", [point["progress"] for point in self.manifest["points"]])
         return data.assign_coords(swept)
@@ -90,7 +94,9 @@ class Study:
         """As `points`, with one dimension per swept option in place of `point`; NaN where a point was refused."""
         data = self.points
         swept = [name for name in data.coords if data[name].dims == ("point",)]
-        return data.set_index(point=swept).unstack("point") if swept else data.isel(point=0)
+        if len(swept) < 2:
+            return data.swap_dims(point=swept[0]) if swept else data.isel(point=0)
+        return data.set_index(point=swept).unstack("point")
 
 
 def _plain(value: Any) -> Any:

@@ -8,9 +8,11 @@ so far. The `time` that steps take is the sum of eta / (1 - beta) over all of th
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from tda.errors import InputError
 
 #: Checkpoints that are kept of a training, evenly spaced over its reports, the first and the last among them.
 KEPT = 24
+#: Reports of which none is dropped: room is left for the initial weights and for the last report.
+WHOLE = KEPT - 2
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,14 @@ class Saved:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The checkpoints of a training in order, the initial weights first. whole: whether the last one is what the training ended with."""
+    """The checkpoints of a training in order, the initial weights first.
+
+    whole: whether the last one is what the training ended with. reported: how many it reported, of which some were not kept.
+    """
 
     saved: tuple[Saved, ...]
     whole: bool = True
+    reported: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -52,7 +60,7 @@ class Trajectory:
     @staticmethod
     def from_json(found: dict[str, Any]) -> Trajectory:
         """The inverse of `to_json`."""
-        return Trajectory(tuple(Saved(**one) for one in found["saved"]), found["whole"])
+        return Trajectory(tuple(Saved(**one) for one in found["saved"]), found["whole"], found["reported"])
 
 
 @dataclass(frozen=True)
@@ -103,18 +111,21 @@ class Recorder:
         weight_decay: float = 0.0,
         **unknown: Any,
     ) -> None:
-        """Report a checkpoint. Without `step`, each call counts as one step.
+        """Report a checkpoint. Without `step`, each call counts as one step. Numbers may be tensors or arrays of one element.
 
-        Raises InputError where a number is out of its range, where `step` falls, or where the weights moved in no step.
+        Raises InputError where a number is none or out of its range, where `step` falls, or where the weights moved in no step.
         """
         if unknown:
             known = "model, learning_rate, step, momentum, weight_decay"
             raise InputError(f"on_checkpoint got {', '.join(unknown)}; it takes {known}")
-        _check("learning_rate", learning_rate, math.inf)
-        _check("momentum", momentum, 1.0)
-        _check("weight_decay", weight_decay, math.inf)
-        before, data = self._last, checkpoint.dump(model)
-        step = before.step + 1 if step is None else int(step)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"on_checkpoint(model={_shown(model)}): it must be the torch.nn.Module that is trained")
+        learning_rate = _number("learning_rate", learning_rate, math.inf)
+        momentum = _number("momentum", momentum, 1.0)
+        weight_decay = _number("weight_decay", weight_decay, math.inf)
+        before = self._last
+        step = before.step + 1 if step is None else _whole(step)
+        data = checkpoint.dump(model)
         if step < before.step or (step == before.step > 0 and data != self._bytes):
             raise InputError(f"on_checkpoint(step={step}) after step {before.step}; report the number of optimizer steps taken so far")
         if step > before.step:
@@ -138,7 +149,7 @@ class Recorder:
         for a, b in pairwise(reports):
             time = b.time - a.time
             saved.append(Saved(_name(b.step), b.step, b.time, (b.decay - a.decay) / time if time else 0.0))
-        return Trajectory(tuple(saved), checkpoint.dump(model) == self._bytes)
+        return Trajectory(tuple(saved), checkpoint.dump(model) == self._bytes, self._count)
 
     def _take(self, index: int, report: _Report, room: int = 1) -> None:
         self._save(_name(report.step), self._bytes)
@@ -154,9 +165,34 @@ def _name(step: int) -> str:
     return f"steps/{step:012d}.safetensors"
 
 
-def _check(what: str, value: float, below: float) -> None:
-    if not 0 <= value < below:  # NaN neither
-        raise InputError(f"on_checkpoint({what}={value!r}): it must be a number >= 0{' and < 1' if below == 1 else ''}")
+def _number(what: str, value: object, below: float) -> float:
+    found = _scalar(value)
+    if not 0 <= found < below:  # NaN neither
+        must = "a number >= 0 and < 1" if below == 1 else "a finite number >= 0"
+        raise InputError(f"on_checkpoint({what}={_shown(value)}): it must be {must}")
+    return found
+
+
+def _whole(value: object) -> int:
+    found = _scalar(value)
+    if not found.is_integer():
+        raise InputError(f"on_checkpoint(step={_shown(value)}): it must be a whole number, of optimizer steps taken so far")
+    return int(found)
+
+
+def _scalar(value: object) -> float:
+    """The number, also in a tensor or an array of one element; NaN for what is none."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.item() if math.prod(value.shape) == 1 else None
+    try:
+        return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _shown(value: object) -> str:
+    """A value in one short line."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def cut(trajectory: Trajectory, segments: int | Sequence[int] = 3, per_segment: int = 2) -> tuple[Segment, ...]:
@@ -172,32 +208,43 @@ def cut(trajectory: Trajectory, segments: int | Sequence[int] = 3, per_segment: 
     last = saved[-1].step
     if not trajectory.whole:
         raise InputError(f"the training went on after step {last}, its last report: call on_checkpoint after the last step, too")
-    stops = _equal(saved, segments) if isinstance(segments, int) else list(segments)
+    stops = _equal(trajectory, segments) if isinstance(segments, int) else list(segments)
     for before, stop in zip([0, *stops], stops, strict=False):
         if stop <= before or stop > last:
             raise InputError(f"segments = {stops}: give the steps at which segments stop, rising, the last one {last}; {stop} is not one")
     if stops[-1] != last:
         raise InputError(f"segments = {stops}: the last segment must stop at the training's last step, {last}")
-    return tuple(_segment(saved, start, stop, per_segment) for start, stop in zip([0, *stops], stops, strict=False))
+    return tuple(_segment(trajectory, start, stop, per_segment) for start, stop in zip([0, *stops], stops, strict=False))
 
 
-def _equal(saved: Sequence[Saved], count: int) -> list[int]:
-    steps = [one.step for one in saved[1:]]
+def _equal(trajectory: Trajectory, count: int) -> list[int]:
+    steps = [one.step for one in trajectory.saved[1:]]
     if len(steps) < count:
-        raise InputError(
-            f"segments = {count}: the training reported only {len(steps)} checkpoint{'s' * (len(steps) != 1)}; "
-            "call on_checkpoint more often (say, each epoch), or ask for fewer segments"
-        )
+        raise InputError(f"segments = {count}: {_too_few(trajectory.reported, len(steps), count)}")
     inner = _nearest(steps[:-1], [steps[-1] * k / count for k in range(1, count)])
     return [*inner, steps[-1]]
 
 
-def _segment(saved: Sequence[Saved], start: int, stop: int, count: int) -> Segment:
+def _too_few(reported: int, kept: int, count: int) -> str:
+    """Why there are not `count` checkpoints, and the way out."""
+    fewer = f"ask for at most {kept} segment{'s' * (kept != 1)}"
+    if reported > kept:
+        said, more = f"of the training's {reported} reports {kept} are kept, evenly spaced", f"{count} to {WHOLE} times, which are all kept"
+    else:
+        said, more = f"the training reported only {kept} checkpoint{'s' * (kept != 1)}", "more often (say, each epoch)"
+    more = f", or call on_checkpoint {more}" if count <= WHOLE else f" (no more than {KEPT} checkpoints are kept)"
+    return f"{said}; {fewer}{more}"
+
+
+def _segment(trajectory: Trajectory, start: int, stop: int, count: int) -> Segment:
+    saved = trajectory.saved
     near = [one for one in saved if start <= one.step <= stop]
     if len(near) < count:
+        thinned = trajectory.reported >= len(saved)
         raise InputError(
             f"the segment of steps {start}..{stop} has {len(near)} checkpoint{'s' * (len(near) != 1)}, fewer than per_segment = {count}; "
-            "call on_checkpoint more often, or choose longer segments or a smaller per_segment"
+            + (f"of {trajectory.reported} reports {len(saved) - 1} are kept: " if thinned else "call on_checkpoint more often, or ")
+            + "choose longer segments or a smaller per_segment"
         )
     chosen = _nearest([one.step for one in near], [start + (stop - start) * (k + 0.5) / count for k in range(count)])
     steps, times = np.array([one.step for one in saved], float), np.array([one.time for one in saved])

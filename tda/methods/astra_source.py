@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from tda.directions import Dense, Direction, dense
-from tda.flat import flatten, unflatten
-from tda.methods.iterative import BatchSize, batch_is_a_size, told
+from tda.directions import Dense, Direction
+from tda.errors import InputError
+from tda.flat import unflatten
+from tda.methods.iterative import BatchSize, ScheduleName, batch_is_a_size, system_of, told
 from tda.methods.source import FastSource
 from tda.methods.work import Made, Work
-from tda.solvers.astra import NAMED, astra
-from tda.solvers.operator import Operator
+from tda.solvers.astra import NAMED, Schedule, astra
 from tda.solvers.preconditioner import ekfac_preconditioner
-from tda.solvers.system import OnStep, Solution, State, System
+from tda.solvers.system import OnStep, Solution, State
 
 
 class AstraSource(FastSource):
@@ -30,22 +30,37 @@ class AstraSource(FastSource):
     """
 
     name: Literal["astra_source"] = "astra_source"  # type: ignore[assignment]
-    schedule: str = "tuned"
+    schedule: ScheduleName = "tuned"
     tolerance: float = Field(default=1e-3, gt=0, lt=1)
     batch_size: BatchSize | None = None
-    stochastic: ClassVar[bool] = True
-
-    @field_validator("schedule")
-    @classmethod
-    def _schedule_is_known(cls, value: str) -> str:
-        if value not in NAMED:
-            raise ValueError(f"schedule must be one of {', '.join(NAMED)}, got {value!r}")
-        return value
+    exact: ClassVar[bool] = True
 
     @field_validator("batch_size", mode="before")
     @classmethod
     def _batch_is_a_size(cls, value: object) -> object:
         return None if value is None else batch_is_a_size(value)
+
+    @model_validator(mode="after")
+    def _schedule_takes_batches(self) -> Self:
+        self.planned()  # raises what is wrong
+        return self
+
+    @property
+    def vectors(self) -> int:
+        """As of SOURCE, and what a solve holds."""
+        return self.passes + 10
+
+    def planned(self) -> Schedule:
+        """The schedule with what the options replace."""
+        found = NAMED[self.schedule]
+        if self.batch_size is None:
+            return found
+        return replace(found, batch_size=None if self.batch_size == "full" else int(self.batch_size))
+
+    @property
+    def stochastic(self) -> bool:
+        """By a schedule that takes mini-batches."""
+        return self.planned().batch_size is not None
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_{q,l} = -(G_l + lambda_l I)^-1 S_{l+1} ... S_L g_q, one pass per segment, solved from the last segment backwards."""
@@ -72,15 +87,21 @@ class AstraSource(FastSource):
 
     def _solve(self, work: Work, k: int, pushed: Sequence[Direction], state: State | None, on_step: OnStep | None) -> Solution:
         """(G + lambda I)^-1 u in segment k, for all queries together."""
-        right = flatten(work.attributed.blocks, [dense(direction) for direction in pushed])
-        damping, schedule = self._lambda(work, k), NAMED[self.schedule]
-        if self.batch_size is not None:
-            schedule = replace(schedule, batch_size=None if self.batch_size == "full" else self.batch_size)
-        operator = Operator(work.averaged[k], work.train, "ggn", work.batch_size)
-        system = System(operator.product, torch.tensor(damping, dtype=right.dtype), right, len(work.train))
+        damping = self._lambda(work, k)
+        system = system_of(work.averaged[k], work, pushed, "ggn", damping)
         precondition = ekfac_preconditioner(work.attributed.blocks, work.curvature[k], damping)
         options: dict[str, Any] = {"tolerance": self.tolerance, "seed": work.seed, "start": "ekfac"}
-        return astra(system, precondition, schedule=schedule, state=state, on_step=on_step, **options)
+        try:
+            return astra(system, precondition, schedule=self.planned(), state=state, on_step=on_step, **options)
+        except InputError as error:
+            said = str(error).partition(";")[0]
+            if not said.startswith("astra diverged"):
+                raise
+            # The solver advises a step size or a damping; here both follow from lambda, which is large where a segment is short.
+            segment = work.segments[k]
+            where = f"astra_source, segment {k} (steps {segment.start_step}..{segment.stop_step}, lambda = {damping:.3g})"
+            what = f'schedule = "{self.schedule}" takes steps in proportion to lambda, which does not do there'
+            raise InputError(f'{where}: {said}; {what}: choose schedule = "tuned", or fewer, longer segments') from error
 
 
 def _keeper(on_step: OnStep | None, k: int, done: State) -> OnStep | None:

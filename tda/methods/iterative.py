@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from tda.attributed import Attributed
 from tda.curvature.eigen import Factor
 from tda.curvature.fisher import Fisher
 from tda.curvature.inverse import HEURISTIC
@@ -26,6 +27,7 @@ from tda.solvers.sni import neumann
 from tda.solvers.system import Solution, System
 
 BatchSize = int | Literal["full"]
+ScheduleName = Literal["tuned", "paper", "paper-convnet", "paper-gpt2"]
 
 
 class Iterative(Method):
@@ -40,6 +42,16 @@ class Iterative(Method):
     damping: SaneDamping = "heuristic"
     fisher: Fisher = "sampled"
     tolerance: float = Field(default=1e-4, gt=0, lt=1)
+    exact: ClassVar[bool] = True
+
+    @property
+    def vectors(self) -> int:
+        """Right-hand sides, solutions, residuals, search directions, products and a stored state of them."""
+        return 10
+
+    def determining(self) -> dict[str, Any]:
+        """Without the Fisher where no factors are needed."""
+        return {name: value for name, value in super().determining().items() if name != "fisher" or self.fits}
 
     @property
     def preconditioned(self) -> bool:
@@ -57,11 +69,8 @@ class Iterative(Method):
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_q = -(C + lambda I)^-1 g_q, all queries solved together."""
-        blocks = work.attributed.blocks
-        right = flatten(blocks, [dense(gradient) for gradient in gradients])
-        operator = Operator(work.attributed, work.train, self.curvature, work.batch_size)
-        damping = self.damping_of(work.curvature)
-        system = System(operator.product, torch.tensor(damping, dtype=right.dtype), right, len(work.train))
+        blocks, damping = work.attributed.blocks, self.damping_of(work.curvature)
+        system = system_of(work.attributed, work, gradients, self.curvature, damping)
         precondition = ekfac_preconditioner(blocks, work.curvature[0], damping) if self.preconditioned else None
         solution = self.solve(system, precondition, work)
         return Made([[Dense(-matrix) for matrix in unflatten(blocks, solution.x)]], {"solves": [told(solution, self.tolerance)]})
@@ -69,6 +78,13 @@ class Iterative(Method):
     def solve(self, system: System, precondition: Callable[[Tensor], Tensor] | None, work: Work) -> Solution:
         """The solution of the system for all queries."""
         raise NotImplementedError
+
+
+def system_of(attributed: Attributed, work: Work, gradients: Sequence[Direction], curvature: Curvature, damping: float) -> System:
+    """(C + damping I) v = g for the gradients of all queries, with the curvature of a model over all training examples."""
+    right = flatten(attributed.blocks, [dense(gradient) for gradient in gradients])
+    operator = Operator(attributed, work.train, curvature, work.batch_size)
+    return System(operator.product, torch.tensor(damping, dtype=right.dtype), right, len(work.train), work.first)
 
 
 def heuristic_damping(factors: Sequence[Factor]) -> float:
@@ -113,7 +129,6 @@ class SNI(Iterative):
     """
 
     name: Literal["sni"] = "sni"
-    stochastic: ClassVar[bool] = True
     max_steps: int = Field(default=5000, ge=1)
     batch_size: BatchSize = 256
     step_size: float | None = Field(default=None, gt=0)
@@ -123,6 +138,11 @@ class SNI(Iterative):
     @classmethod
     def _batch_is_a_size(cls, value: object) -> object:
         return batch_is_a_size(value)
+
+    @property
+    def stochastic(self) -> bool:
+        """On mini-batches."""
+        return self.batch_size != "full"
 
     def solve(self, system: System, precondition: Callable[[Tensor], Tensor] | None, work: Work) -> Solution:
         """By Neumann iterations."""
@@ -139,8 +159,7 @@ class Astra(Iterative):
     """
 
     name: Literal["astra"] = "astra"
-    stochastic: ClassVar[bool] = True
-    schedule: Literal["tuned", "paper", "paper-convnet", "paper-gpt2"] = "tuned"
+    schedule: ScheduleName = "tuned"
     batch_size: BatchSize | None = None
     max_steps: int | None = Field(default=None, ge=1)
     step_size: float | None = Field(default=None, gt=0)
@@ -153,9 +172,21 @@ class Astra(Iterative):
         return None if value is None else batch_is_a_size(value)
 
     @property
+    def stochastic(self) -> bool:
+        """By a schedule that takes mini-batches."""
+        return self.planned().batch_size is not None
+
+    @property
     def preconditioned(self) -> bool:
         """Always."""
         return True
+
+    @model_validator(mode="after")
+    def _schedule_is_sane(self) -> Self:
+        planned = self.planned()
+        if planned.of_damping is not None and self.damping == 0:
+            raise ValueError(f'schedule = "{self.schedule}" takes steps that are a multiple of the damping, which is 0; give either')
+        return self
 
     def planned(self) -> Schedule:
         """The schedule with what the options replace."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,7 +26,7 @@ INFLUENCE_UNIT = "units of the measurement (nats for a log-likelihood loss)"
 class Method(BaseModel):
     """Options of one `[[methods]]` table; the subclass is the method."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: str
     label: str | None = Field(default=None, min_length=1, max_length=64, pattern=r"^[\w.+-]+$")
@@ -34,11 +35,12 @@ class Method(BaseModel):
     meets: ClassVar[Literal["final", "checkpoints", "averages"]] = "final"
     #: Where query gradients are taken: at the final checkpoint, or also at those that stand for the segments (`Work.gradients_at`).
     asks: ClassVar[Literal["final", "checkpoints"]] = "final"
-    #: Whether its directions depend on the run's seed, and what is drawn by it.
-    stochastic: ClassVar[bool] = False
+    #: What is drawn by the run's seed, where anything is.
     noise: ClassVar[str] = "mini-batches of the training examples, keyed by the run's seed; the residuals of its solve are stored"
     #: Whether its scores depend on the weights of the checkpoint.
     of_weights: ClassVar[bool] = True
+    #: Whether its directions are exact to a stated residual, so that they are kept in the model's dtype whatever products are taken in.
+    exact: ClassVar[bool] = False
     #: Whether scores are divided by the norms of both gradients.
     cosine: ClassVar[bool] = False
     unit: ClassVar[str] = INFLUENCE_UNIT
@@ -52,6 +54,26 @@ class Method(BaseModel):
     def fits(self) -> tuple[Fit, ...]:
         """The fits of curvature that it needs, in the order in which `Work.curvature` holds them."""
         return ()
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether its directions depend on the run's seed."""
+        return False
+
+    @property
+    def passes(self) -> int:
+        """How many directions of each query are scored."""
+        return 1
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors with as many entries as there are parameters are held per query while directions are made."""
+        return 2
+
+    def determining(self) -> dict[str, Any]:
+        """The options that its numbers depend on, as JSON."""
+        found: dict[str, Any] = json.loads(self.model_dump_json(exclude={"label"}))
+        return found
 
     def check(self, attributed: Attributed) -> None:
         """Raise InputError, in one line, where the method cannot be used with a model. Called before anything is done."""

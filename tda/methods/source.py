@@ -12,6 +12,7 @@ and they meet the training gradients of that segment. A single long segment is p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -37,6 +38,8 @@ def _segments(value: object) -> object:
     stops = value if isinstance(value, list | tuple) else [value]
     if not stops or any(isinstance(stop, bool) or not isinstance(stop, int) or stop < 1 for stop in stops):
         raise ValueError(f"segments must be a number >= 1, or the list of the steps at which they stop, got {value!r}")
+    if any(stop <= before for before, stop in pairwise(stops)):
+        raise ValueError(f"segments = {list(stops)}: the steps at which segments stop must rise; give each once, in order")
     return value if isinstance(value, int) else tuple(stops)
 
 
@@ -63,8 +66,17 @@ class Source(Method):
     @property
     def fits(self) -> tuple[Fit, ...]:
         """One Fisher per segment."""
-        count = self.segments if isinstance(self.segments, int) else len(self.segments)
-        return tuple(Fit("kronecker", self.fisher, segment) for segment in range(count))
+        return tuple(Fit("kronecker", self.fisher, segment) for segment in range(self.passes))
+
+    @property
+    def passes(self) -> int:
+        """One per segment."""
+        return self.segments if isinstance(self.segments, int) else len(self.segments)
+
+    @property
+    def vectors(self) -> int:
+        """The directions of every segment, what is passed on to the next one, and what that is made of."""
+        return self.passes + 2
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_{q,l} = -R_l S_{l+1} ... S_L g_q, one pass per segment, made from the last segment backwards."""
@@ -88,19 +100,16 @@ class Source(Method):
 
     def _damping_in(self, segment: Segment) -> float:
         """What is added to the curvature of a segment."""
-        return segment.weight_decay if self.damping is None else float(self.damping)
+        return float(segment.weight_decay if self.damping is None else self.damping)
 
     def _told(self, segment: Segment) -> dict[str, Any]:
+        """A segment as JSON: its steps, horizon and damping (`damping_of` gives none: each segment may have another), its checkpoints."""
         return {
             "steps": [segment.start_step, segment.stop_step],
-            "horizon": segment.horizon,
+            "horizon": float(segment.horizon),
             "damping": self._damping_in(segment),
             "checkpoints": list(segment.checkpoints),
         }
-
-    def damping_of(self, curvature: Sequence[Any]) -> float | None:
-        """The number that was given; None where it is the training's weight decay, which is told segment by segment."""
-        return None if self.damping is None else float(self.damping)
 
 
 class FastSource(Source):

@@ -64,6 +64,7 @@ class GGN(Method):
     memory_limit: Annotated[int | str, BeforeValidator(_size)] = "8GiB"
     #: The matrix.
     curvature: ClassVar[Curvature] = "ggn"
+    exact: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _inverse_is_sane(self) -> Self:
@@ -79,6 +80,15 @@ class GGN(Method):
     def fits(self) -> tuple[Fit, ...]:
         """The spectra of its matrix."""
         return (Fit("dense", self.curvature),)
+
+    @property
+    def vectors(self) -> int:
+        """Gradients in float64, rotated and back."""
+        return 6
+
+    def determining(self) -> dict[str, Any]:
+        """All but what the matrices may take."""
+        return {name: value for name, value in super().determining().items() if name != "memory_limit"}
 
     def check_size(self, blocks: Sequence[Block]) -> None:
         """InputError where the matrices would take more than memory_limit; it names the bytes and the matrix-free method."""

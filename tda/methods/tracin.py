@@ -37,6 +37,16 @@ class TracIn(Method):
         """Stretches that the training is cut into."""
         return self.checkpoints
 
+    @property
+    def passes(self) -> int:
+        """One per checkpoint."""
+        return self.checkpoints
+
+    @property
+    def vectors(self) -> int:
+        """A gradient at every checkpoint."""
+        return self.checkpoints + 2
+
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_{q,c} = -t_c grad f_q(w_c), one pass per checkpoint."""
         assert work.gradients_at is not None

@@ -66,6 +66,16 @@ class Trak(Method):
         return self.models
 
     @property
+    def passes(self) -> int:
+        """One per checkpoint."""
+        return self.models
+
+    @property
+    def vectors(self) -> int:
+        """A direction at every checkpoint, and gradients on their way."""
+        return self.models + 3
+
+    @property
     def fits(self) -> tuple[Fit, ...]:
         """The spectrum of C at every checkpoint."""
         of = self._projection(0).name

@@ -42,8 +42,8 @@ class Work:
     attributed: the model at the final checkpoint. train: the training set. curvature: for each of the method's fits, a tuple of Factor
     (one per block), of Spectrum, of Gram (tda.methods.trak) or the one Truth of a retraining. segments, averaged: of the training, and
     the model at the mean weights of each, for methods that unroll it. state: of an interrupted solve; on_step is called with it after
-    every step. queries, query_ids: the data set of the queries, and which of them; gradients_at(k): their gradients at the checkpoint
-    that stands for segment k, for methods that ask at checkpoints.
+    every step. first: the id of the first query. queries, query_ids: the data set of the queries, and which of them; gradients_at(k):
+    their gradients at the checkpoint that stands for segment k, for methods that ask at checkpoints.
     """
 
     attributed: Attributed
@@ -56,6 +56,7 @@ class Work:
     averaged: tuple[Attributed, ...] = ()
     state: dict[str, Tensor] | None = None
     on_step: Callable[[dict[str, Tensor]], None] | None = None
+    first: int = 0
     queries: Any = None
     query_ids: Sequence[int] = ()
     gradients_at: Callable[[int], list[Direction]] | None = None

@@ -34,8 +34,9 @@ from tda.solvers.memory import RecentBatches, saved_bytes
 
 Curvature = Literal["ggn", "hessian", "block_ggn"]
 
-#: Tangents of activations, and of parameters, are made for so many vectors at a time that they stay below this many bytes.
-TANGENT_BYTES = 256 << 20
+#: Tangents of activations, and of parameters, are made for so many vectors at a time that they stay below this many bytes; more is slower,
+#: because it falls out of the caches (three times, on a small convolutional network).
+TANGENT_BYTES = 32 << 20
 
 Parameters = dict[str, Tensor]
 

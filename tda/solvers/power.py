@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -23,15 +24,29 @@ def largest_eigenvalue(
     steps: int = STEPS,
     accuracy: float = ACCURACY,
 ) -> tuple[float, int]:
-    """(value, products used): the largest eigenvalue of a symmetric C, or of P^-1 C, reached from below.
+    """(value, products used): the largest eigenvalue of a symmetric C, or of P^-1 C, reached from below; NaN where a product is.
 
     product: vectors (1, D) -> (1, D). precondition: P^-1 v, symmetric and positive definite. like: a tensor whose dtype and device the
     vectors get. The start vector is fixed, so the value is the same every time. Only the largest eigenvalue is trusted: without
     reorthogonalisation it is found again and again, which does no harm, and three vectors are enough.
     """
+    _, value, products = extreme_eigenvalues(product, size, precondition=precondition, like=like, steps=steps, accuracy=accuracy)
+    return value, products
+
+
+def extreme_eigenvalues(
+    product: Callable[[Tensor], Tensor],
+    size: int,
+    *,
+    precondition: Precondition | None = None,
+    like: Tensor | None = None,
+    steps: int = STEPS,
+    accuracy: float = ACCURACY,
+) -> tuple[float, float, int]:
+    """(least, largest, products used) as in `largest_eigenvalue`; the least is an upper bound, for the iteration does not wait for it."""
     start = np.random.Generator(np.random.Philox(key=[0, 0])).standard_normal(size)
     u = torch.from_numpy(start)[None].to(torch.empty(0, dtype=torch.float64) if like is None else like)
-    before, value = torch.zeros_like(u), 0.0
+    before, least, value = torch.zeros_like(u), 0.0, 0.0
     alphas: list[float] = []
     betas: list[float] = []
     for k in range(steps):
@@ -46,10 +61,13 @@ def largest_eigenvalue(
         w = product(v) - beta * before
         alphas.append(float(inner(v, w)))
         before, u = u, w - alphas[-1] * u
-        last, value = value, _largest_of(alphas, betas)
+        if not math.isfinite(alphas[-1]):
+            return math.nan, math.nan, len(alphas)
+        last = value
+        least, value = _extremes_of(alphas, betas)
         if k > 0 and abs(value - last) <= accuracy * abs(value):
             break
-    return value, len(alphas)
+    return least, value, len(alphas)
 
 
 def _negligible(alphas: list[float], betas: list[float], dtype: torch.dtype) -> float:
@@ -58,6 +76,6 @@ def _negligible(alphas: list[float], betas: list[float], dtype: torch.dtype) -> 
     return (largest * torch.finfo(dtype).eps * 10) ** 2
 
 
-def _largest_of(alphas: list[float], betas: list[float]) -> float:
-    matrix = np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1)
-    return float(np.linalg.eigvalsh(matrix)[-1])
+def _extremes_of(alphas: list[float], betas: list[float]) -> tuple[float, float]:
+    values = np.linalg.eigvalsh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
+    return float(values[0]), float(values[-1])

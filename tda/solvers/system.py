@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-#: (vectors (query, D), ids of examples or None for all) -> C v, the mean over those examples: `Operator.product`.
+from tda.errors import InputError
+
+#: (vectors (query, D), ids of examples or None for all) -> C v, the mean over those examples, a new tensor: `Operator.product`.
 Product = Callable[[Tensor, Sequence[int] | None], Tensor]
-#: P^-1 v for vectors (query, D).
+#: P^-1 v for vectors (query, D), which stay as they are.
 Precondition = Callable[[Tensor], Tensor]
-#: All that a solver needs to go on bit for bit, as tensors by name.
+#: All that a solver needs to go on bit for bit, as tensors by name. They are the solver's own, not copies: what on_step is given holds
+#: until it returns, and a state that a solver is given to go on with is used up.
 State = dict[str, Tensor]
 OnStep = Callable[[State], None]
 
 #: A residual that has grown by this much, relative to the right-hand side, comes back no more.
 DIVERGED = 1e3
+#: What to do about a matrix that is not positive definite; the solvers do not know which curvature it is.
+WAY_OUT = 'raise the damping or, if it is a Hessian, take curvature = "ggn"'
 
 
 @dataclass(frozen=True)
@@ -27,25 +32,33 @@ class System:
     """(C + damping) x = b for every query.
 
     product: C v. damping: scalar () or (D,), in the units of the curvature. right: b, (query, D). examples: N, over which C is a mean.
+    first: the id of the first query, for messages.
     """
 
     product: Product
     damping: Tensor
     right: Tensor
     examples: int
+    first: int = 0
 
     def apply(self, x: Tensor, ids: Sequence[int] | None = None) -> Tensor:
         """(C + damping) x for x (query, D), with C the mean over examples `ids`, or over all."""
-        return self.product(x, ids) + self.damping.to(x) * x
+        return self.product(x, ids).addcmul_(self.damping.to(x), x)
 
     def residual(self, x: Tensor, ids: Sequence[int] | None = None, queries: Tensor | None = None) -> Tensor:
         """b - (C + damping) x for x (some queries, D); queries: which ones, as indices or a mask; None: all."""
-        return (self.right if queries is None else self.right[queries]) - self.apply(x, ids)
+        return self.apply(x, ids).neg_().add_(self.right if queries is None else self.right[queries])
 
-    @property
+    @cached_property
     def scale(self) -> Tensor:
-        """||b|| per query, (query,); 1 where b is 0, whose solution is 0."""
+        """||b|| per query, (query,); 1 where b is 0, whose solution is 0. Raises InputError where it is not finite."""
         norms = lengths(self.right)
+        bad = ~torch.isfinite(norms)
+        if bool(bad.any()):
+            query = int(bad.nonzero()[0])
+            raise InputError(
+                f"the gradient of query {self.first + query} has the norm {float(norms[query])}; mend the query or the model's outputs"
+            )
         return torch.where(norms > 0, norms, 1.0)
 
 
@@ -66,31 +79,57 @@ class Solution:
     converged: Tensor
 
 
-@dataclass
 class Trace:
-    """Residuals (K, query) and evaluations (K,) as they come."""
+    """Residuals (K, query) and evaluations (K,) as they come, in memory that doubles where it is full; from a state's, if there is one."""
 
-    residuals: list[Tensor] = field(default_factory=list)
-    evaluations: list[float] = field(default_factory=list)
+    def __init__(self, queries: int, like: Tensor, state: State | None = None) -> None:
+        self._count = 0 if state is None else len(state["residuals"])
+        room = max(16, 2 * self._count)
+        self._residuals = like.new_zeros(room, queries)
+        self._evaluations = torch.zeros(room, dtype=torch.float64)
+        if state is not None:
+            self._residuals[: self._count], self._evaluations[: self._count] = state["residuals"], state["evaluations"]
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def first(self) -> Tensor:
+        """Residuals (query,) of the first moment."""
+        return self._residuals[0]
+
+    @property
+    def last(self) -> Tensor:
+        """Residuals (query,) of the last moment."""
+        return self._residuals[self._count - 1]
+
+    @property
+    def spent(self) -> float:
+        """Evaluations by the last moment; 0 before any."""
+        return float(self._evaluations[self._count - 1]) if self._count else 0.0
 
     def add(self, residual: Tensor, evaluations: float) -> None:
         """A moment: residuals (query,), and what one query has cost so far."""
-        self.residuals.append(residual.clone())
-        self.evaluations.append(float(evaluations))
+        if self._count == len(self._residuals):
+            self._residuals = torch.cat([self._residuals, torch.zeros_like(self._residuals)])
+            self._evaluations = torch.cat([self._evaluations, torch.zeros_like(self._evaluations)])
+        self._residuals[self._count], self._evaluations[self._count] = residual, evaluations
+        self._count += 1
+
+    def add_some(self, residual: Tensor, ids: Tensor, evaluations: float) -> None:
+        """A moment of the queries `ids`; the others keep their last residuals, or 0."""
+        whole = self.last.clone() if self._count else torch.zeros_like(self._residuals[0])
+        whole[ids] = residual
+        self.add(whole, evaluations)
 
     def state(self) -> State:
-        """As tensors."""
-        return {"residuals": torch.stack(self.residuals), "evaluations": torch.tensor(self.evaluations, dtype=torch.float64)}
-
-    @classmethod
-    def of(cls, state: State) -> Trace:
-        """From `state()`."""
-        return cls(list(state["residuals"]), state["evaluations"].tolist())
+        """As tensors, which later moments do not change."""
+        return {"residuals": self._residuals[: self._count], "evaluations": self._evaluations[: self._count]}
 
     def solution(self, x: Tensor, steps: int, tolerance: float) -> Solution:
         """The solution whose last residuals are the trace's."""
         told = self.state()
-        return Solution(x, told["residuals"], told["evaluations"], steps, self.residuals[-1] <= tolerance)
+        return Solution(x, told["residuals"].clone(), told["evaluations"].clone(), steps, self.last <= tolerance)
 
 
 def lengths(vectors: Tensor) -> Tensor:
@@ -103,6 +142,15 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     """<a, b> per query, (query,)."""
     found: Tensor = torch.linalg.vecdot(a, b)
     return found
+
+
+def goal(tolerance: float, checked: Tensor) -> Tensor:
+    """The relative residual (query,) at which the one that a solver carries along must be computed anew.
+
+    The tolerance, or what is nothing but rounding beside the one computed last (infinite where there is none yet).
+    """
+    rounding = 10 * torch.finfo(checked.dtype).eps
+    return (rounding * torch.where(torch.isinf(checked), 1.0, checked)).clamp(min=tolerance)
 
 
 @lru_cache(maxsize=2)

@@ -51,13 +51,12 @@ def main():
     alone = np.stack([lds(each, chosen, measured).mean(-1) for each in single]).mean(0)
     together, draws = lds(mean, chosen, measured).mean(-1), bootstrap(mean, chosen, measured)
     for m, method in enumerate(run.methods):
-        span = interval(draws[m])
+        span = interval(draws[m], together[m])
         print(f"| {method} | {alone[m]:.3f} | {together[m]:.3f} | {span.low:.3f} to {span.high:.3f} |")
     best = max((m for m in range(len(run.methods)) if "source" not in run.methods[m]), key=lambda m: together[m])
-    gap = interval(draws[run.methods.index("source")] - draws[best])
-    print(
-        f"\nsource minus {run.methods[best]}, the best influence function here: {gap.low:+.3f} to {gap.high:+.3f} (95%, paired over subsets)"
-    )
+    source = run.methods.index("source")
+    gap = interval(draws[source] - draws[best], together[source] - together[best])
+    print(f"\nsource minus {run.methods[best]}, the best influence function: {gap.low:+.3f} to {gap.high:+.3f} (95%, paired)")
 
 
 if __name__ == "__main__":

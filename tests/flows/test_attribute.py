@@ -128,7 +128,15 @@ def test_a_run_states_what_it_covers_did_and_means(run: Run) -> None:
     assert {"checkpoint", "train_data", "query_data", "problem", "factors", "spectra", "directions", "run"} == set(told["fingerprints"])
     assert told["config"]["shard_size"] == 2
     assert told["reused"] == {"checkpoint": False, "factors (sampled)": False, "factors (exact)": False, "directions": False}
-    for stage in ("train", "covariances (exact)", "eigendecompositions (exact)", "eigenvalues (sampled)", "directions", "scores", "total"):
+    for stage in (
+        "train",
+        "covariances (exact)",
+        "eigendecompositions (exact)",
+        "eigenvalues (sampled)",
+        "directions (ekfac)",
+        "scores",
+        "total",
+    ):
         assert told["timings"][stage]["wall"] > 0
     for kind in ("wall", "compute"):
         rest = [timing[kind] for stage, timing in told["timings"].items() if stage != "total"]

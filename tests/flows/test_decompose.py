@@ -85,6 +85,16 @@ def test_a_second_study_measures_nothing_again_and_another_inverse_decomposes_no
     assert "eigendecompositions" not in timings
 
 
+def test_an_evaluated_study_has_the_lds_of_every_rung_and_measures_nothing_again(study, config, store, cluster) -> None:
+    done = decompose_study(load_study(config, [cluster, "evaluation={alphas=[0.5], subsets=4, seeds=2}"], store))
+    opened = tda.open_study(store, done.study_id)
+    found = opened.results.rung_lds.sel(width=3, alpha=0.5)
+    assert dict(found.sizes) == {"epochs": 2, "inverse": 2, "rung": 5, "query": 5}
+    assert np.isfinite(found).all()
+    assert "eigendecompositions" not in opened.manifest["timings"]
+    assert b"rank correlation over subsets" in location.read_bytes(f"{opened.url}/report.html")
+
+
 def test_an_interrupted_study_is_finished_by_the_same_command(config, cluster, tmp_path, monkeypatch) -> None:
     store = f"file://{tmp_path}/store"
     monkeypatch.setattr("tasks.decompose_page.write_page", stop)
@@ -128,6 +138,8 @@ def test_every_example_is_accepted(example: Path) -> None:
         (("pinv = 1e-4", 'damping = 1e-2\nnegative = "abs"'), 'two inverses are labelled "damping 0.01, negative abs"'),
         (('negative = "abs"', 'negative = "asb"'), 'inverses.1.negative must be "drop", "abs" or "keep", got "asb"; did you mean "abs"?'),
         (('"100kB"', '"lots"'), "memory_limit must be a number of bytes or a text such as \"8GiB\", got 'lots'"),
+        (("[sweep]", "[evaluation]\nalphas = [1.0]\n[sweep]"), "evaluation.alphas must be different shares of the training examples"),
+        (("[sweep]", "[evaluation]\nsubset = 9\n[sweep]"), 'unknown key "evaluation.subset"; did you mean "subsets"?'),
         (("[sweep]", "progress = [0.0]\n[sweep]"), "progress must be shares of the training, above 0 and up to 1, got 0.0"),
     ],
 )

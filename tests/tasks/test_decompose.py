@@ -3,17 +3,20 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import tda
-from tasks import decompose, decompose_measure, decompose_results, dense, factors, layout, training
+from tasks import decompose, decompose_lds, decompose_measure, decompose_results, dense, factors, layout, retraining, training
 from tasks.decompose import Point, PointJob, Study
 from tasks.decompose_claims import claims
 from tasks.decompose_page import page
 from tasks.subject import open_subject
+from tasks.tensors import read_tensors
 from tda import study as results
 from tda.blocks import to_matrix
 from tda.curvature.spectrum import Inverse, inverse_values
@@ -28,6 +31,7 @@ WIDE = WIDE.replace(
     "nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)", "nn.Linear(6, self.width), nn.Tanh(), nn.Linear(self.width, 3)"
 )
 WIDE = WIDE.replace("enumerate(order.tolist(), 1)", "enumerate(order.tolist() * self.epochs, 1)")
+WIDE = WIDE.replace("dataset.x[i], dataset.y[i]", "dataset[i]")
 assert (WIDE.count("self.width"), WIDE.count("self.epochs")) == (3, 2)
 
 
@@ -54,7 +58,7 @@ def measured(study: Study, points: list[Point]) -> list[PointJob | None]:
 def opened(study: Study, points: list[Point], measured: list[PointJob | None]) -> results.Study:
     url = decompose_results.study_url(study.store, "s")
     manifest = decompose_results.manifest(study, points, "s", "2026-01-01T00:00:00+00:00", {})
-    decompose_results.write_results(url, study, points, measured)
+    decompose_results.write_results(url, study, points, [() if job is None else (job.url,) for job in measured])
     decompose_results.complete(url, manifest | {"timings": {}})
     return tda.open_study(study.store)
 
@@ -94,7 +98,7 @@ def test_points_are_all_combinations_and_too_large_ones_are_refused_with_their_b
     assert [point.parameters for point in points] == 2 * [33] + 2 * [43] + 2 * [403]
     assert [bool(point.refused) for point in points] == 4 * [False] + 2 * [True]
     assert points[-1].bytes == 4 * 8 * 403**2
-    assert points[-1].refused == "takes 0.00484 GiB, memory_limit is 0.000466 GiB"
+    assert points[-1].refused == "takes 4.96 MiB, memory_limit is 0.477 MiB"
 
 
 def test_a_study_of_nothing_but_too_large_points_is_refused(study: Study) -> None:
@@ -135,33 +139,53 @@ def inverted(m: torch.Tensor, inverse: Inverse, *, psd: bool) -> torch.Tensor:
     return v @ torch.diag(inverse_values(s, inverse, psd=psd)) @ v.T
 
 
-def test_the_agreement_of_the_scores_is_that_of_scores_by_hand(measured: list[PointJob | None], opened) -> None:
-    from scipy.stats import spearmanr
-
+@pytest.fixture(scope="module")
+def scores(measured: list[PointJob | None]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-(1/N) g_q^T C+ g_i under DAMPED at the first point by the Hessian and by the GGN, and the mean gradient; autograd by example."""
     job = measured[0]
     assert job is not None
-    attributed = open_subject(job.subject).attributed
     data = open_subject(job.subject)
+    attributed = data.attributed
+    names, parameters = zip(*attributed.model.named_parameters(), strict=True)
 
     def gradients(dataset):
         rows = []
         for x, y in (dataset[i] for i in range(len(dataset))):
             loss = torch.nn.functional.cross_entropy(attributed.model(x[None].double()), y[None])
-            names, parameters = zip(*attributed.model.named_parameters(), strict=True)
             found = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
             rows.append(torch.cat([to_matrix(b, found).flatten() for b in attributed.blocks]))
         return torch.stack(rows)
 
     train, query = gradients(data.train), gradients(data.query)
-    scores = [
-        query @ inverted(matrix(each), Inverse(**DAMPED), psd=psd) @ train.T
-        for each, psd in zip(job.spectra[:2], (False, True), strict=True)
-    ]
-    wanted = np.mean([spearmanr(a, b).statistic for a, b in zip(*scores, strict=True)])
+    solved = [inverted(matrix(each), Inverse(**DAMPED), psd=psd) for each, psd in zip(job.spectra[:2], (False, True), strict=True)]
+    return *(-query @ inverse @ train.T / len(train) for inverse in solved), train.mean(0)
+
+
+def test_the_agreement_of_the_scores_is_that_of_scores_by_hand(scores, opened) -> None:
+    wanted = np.mean([spearmanr(a, b).statistic for a, b in zip(*scores[:2], strict=True)])
     at = opened.results.sel(width=3, epochs=1)
     assert at.agreement.sel(inverse="damped", rung="ggn").item() == pytest.approx(wanted, abs=1e-9)
     assert at.agreement.sel(inverse="damped", rung="hessian").item() == pytest.approx(1)
-    assert at.gradient_norm.item() == pytest.approx(float(train.mean(0).norm()))
+    assert at.gradient_norm.item() == pytest.approx(float(scores[2].norm()))
+
+
+def test_the_lds_of_a_rung_is_that_of_its_scores_by_hand(study: Study, points: list[Point], measured, scores) -> None:
+    asked = replace(study, evaluation=json.dumps({"alphas": [0.4], "subsets": 5, "seeds": 2}))
+    job = decompose_lds.lds_job(asked, points[0], measured[0])
+    assert job is not None
+    retraining.create(job.truth)
+    for piece in retraining.pieces(job.truth):
+        retraining.retrain_piece(piece)
+    retraining.finish(job.truth)
+    decompose_lds.evaluate(job)
+    found, truth = read_tensors(f"{job.url}/numbers.safetensors"), retraining.load_truth(job.truth.url)
+    for rung in (0, 1):
+        predicted = scores[rung].numpy() @ truth.masks[0].T
+        wanted = [spearmanr(a, b).statistic for a, b in zip(predicted, truth.measurement[0].mean(1).T, strict=True)]
+        assert found["rung_lds"][0, 1, rung].tolist() == pytest.approx(wanted)
+    assert found["rung_lds_bound"].shape == (1, 2, 5, 2)
+    assert (found["rung_lds_bound"][..., 0] <= found["rung_lds"].mean(-1)).all()
+    assert decompose_lds.lds_job(asked, replace(points[0], progress=0.5), measured[0]) is None
 
 
 def test_refused_points_stay_in_the_results_as_nan(opened) -> None:
@@ -169,6 +193,18 @@ def test_refused_points_stay_in_the_results_as_nan(opened) -> None:
     assert np.isnan(opened.results.error.sel(width=40)).all()
     assert not np.isnan(opened.results.error.sel(width=[3, 4], reference="hessian")).any()
     assert int(opened.results.parameters.sel(width=40, epochs=1)) == 403
+
+
+@pytest.mark.parametrize("swept", [{}, {"epochs": 1}, {"epochs": 1, "rung": "low"}], ids=len)
+def test_swept_options_become_dimensions_however_many_they_are(study: Study, points: list[Point], measured, tmp_path: Path, swept) -> None:
+    url = decompose_results.study_url(f"file://{tmp_path}", "s")
+    one = [replace(points[0], swept=json.dumps(swept))]
+    decompose_results.write_results(url, study, one, [(measured[0].url,)])
+    decompose_results.complete(url, decompose_results.manifest(study, one, "s", "2026", {}) | {"timings": {}})
+    found = tda.open_study(tmp_path).results
+    assert {"epochs", "option_rung"} & set(found.dims) == {"epochs", "option_rung"} & {"option_rung" if k == "rung" else k for k in swept}
+    assert "point" not in found.dims
+    assert found.sizes["rung"] == 5
 
 
 def test_measuring_again_does_nothing(study: Study, points: list[Point], measured: list[PointJob | None], monkeypatch) -> None:
@@ -199,7 +235,7 @@ def test_the_page_names_points_claims_and_what_was_left_out(opened) -> None:
     html = page(opened).decode()
     assert html.count("<figure") > 10
     for text in (
-        "width 40 · epochs 1 (403 parameters takes 0.00484 GiB",
+        "width 40 · epochs 1 (403 parameters takes 4.96 MiB",
         "the Kronecker steps carry about 60% of the error",
         "width 3 · epochs 3",
     ):

@@ -39,7 +39,7 @@ def test_warming_imports_and_opens_nothing(tiny: Subject, tmp_path: Path, capsys
 
 def test_a_process_holds_one_problem_and_a_few_of_its_checkpoints(tiny: Subject) -> None:
     first = weakref.ref(open_subject(tiny).attributed.problem)
-    many = [weakref.ref(open_subject(replace(tiny, exclude=("0",) * n)).attributed.model) for n in range(1, 12)]
+    many = [weakref.ref(open_subject(replace(tiny, exclude=("0",) * n)).attributed.model) for n in range(1, 22)]
     gc.collect()
     assert first() is not None
     assert sum(model() is not None for model in many) == subject.OPEN_AT_ONCE

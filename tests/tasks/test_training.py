@@ -1,6 +1,7 @@
 """Training is done once, and its result depends on the seed alone; what it passes through is kept."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,11 +84,50 @@ def test_a_training_that_was_killed_and_starts_again_leaves_the_same_bytes(tmp_p
     assert digests(url) == digests(undisturbed)
 
 
-def test_a_trajectory_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_fit_that_reports_nothing_is_told_to_report(tmp_path: Path) -> None:
     subject, url = made(tmp_path, SILENT), f"file://{tmp_path}/artifact"
     training.train((subject, 0, url))
-    with pytest.raises(InputError, match=r"source needs the training's checkpoints.*artifact/weights.safetensors; leave `checkpoint` out"):
-        training.read_trajectory(f"{url}/weights.safetensors")
+    said = _refused(f"{url}/weights.safetensors")
+    assert "any of source, fast_source and astra_source needs the training's checkpoints" in said
+    assert f"the fit that ended with {url}/weights.safetensors reported none; let it call on_checkpoint(model=" in said
+    assert "leave `checkpoint` out" not in said
+
+
+def test_a_checkpoint_that_no_run_trained_is_told_to_be_left_out(tmp_path: Path) -> None:
+    subject, url = made(tmp_path), f"file://{tmp_path}/artifact"
+    training.train((subject, 0, url))
+    (tmp_path / "mine.safetensors").write_bytes((tmp_path / "artifact" / "weights.safetensors").read_bytes())
+    said = _refused(f"file://{tmp_path}/mine.safetensors")
+    assert f"there are none beside file://{tmp_path}/mine.safetensors; leave `checkpoint` out" in said
+    assert "on_checkpoint(model=" in said
+
+
+@pytest.mark.parametrize("other", ["the weights are of another training", "the trajectory does not say of which weights it is"])
+def test_a_trajectory_of_other_weights_is_refused(tmp_path: Path, other: str) -> None:
+    subject, folder = made(tmp_path / "config"), tmp_path / "artifact"
+    training.train((subject, 0, f"file://{folder}"))
+    if other.startswith("the weights"):
+        training.train((subject, 1, f"file://{tmp_path}/other"))
+        (folder / "weights.safetensors").write_bytes((tmp_path / "other" / "weights.safetensors").read_bytes())
+    else:
+        found = json.loads((folder / "trajectory.json").read_text())
+        (folder / "trajectory.json").write_text(json.dumps({name: value for name, value in found.items() if name != "digest"}))
+    said = _refused(f"file://{folder}/weights.safetensors")
+    assert f"file://{folder}/trajectory.json is not of the training that ended with file://{folder}/weights.safetensors; put back" in said
+
+
+def _refused(weights: str) -> str:
+    with pytest.raises(InputError) as refused:
+        training.read_trajectory(weights)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_learning_rates_that_a_schedule_keeps_in_tensors_do_not_end_a_training(tmp_path: Path) -> None:
+    subject, url = made(tmp_path, PROBLEM.replace("learning_rate=0.1", "learning_rate=torch.tensor(0.1)")), f"file://{tmp_path}/artifact"
+    training.train((subject, 0, url))
+    saved = training.read_trajectory(f"{url}/weights.safetensors").saved
+    assert [one.time for one in saved] == pytest.approx([0.1 * one.step for one in saved])
 
 
 def test_a_report_that_makes_no_sense_ends_the_training(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """ASTRA-SOURCE against explicit Jacobians and matrix exponentials, in float64; and that an interrupted one goes on."""
 
+import json
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ from tda import Categorical
 from tda.blocks import to_matrix
 from tda.curvature.fit import fit_factors
 from tda.directions import dense, query_gradients
+from tda.errors import InputError
 from tda.flat import flatten
+from tda.methods import astra_source as module
 from tda.methods.astra_source import AstraSource
+from tda.methods.iterative import ScheduleName
 from tda.methods.source import FastSource
 from tda.methods.work import Work
 from tda.modules import inspect
@@ -75,8 +80,8 @@ def flat_of(work, directions):
 
 
 def test_directions_solve_the_damped_gauss_newton_matrix_of_each_segment(work, found, monkeypatch):
-    monkeypatch.setitem(NAMED, "whole", Schedule(3000))
-    made = AstraSource(schedule="whole", tolerance=1e-10, segments=3).directions(work, found)
+    monkeypatch.setitem(NAMED, "paper", Schedule(3000))
+    made = AstraSource(schedule="paper", tolerance=1e-10, segments=3).directions(work, found)
     u = flat_of(work, found)
     unit = torch.eye(u.shape[1], dtype=torch.float64)
     for k in (2, 1, 0):
@@ -88,12 +93,13 @@ def test_directions_solve_the_damped_gauss_newton_matrix_of_each_segment(work, f
     assert [told["lambda"] for told in made.told["segments"]] == [pytest.approx(1 / s.horizon + s.weight_decay) for s in SEGMENTS]
     assert all(all(solve["converged"]) for solve in made.told["solves"])
     assert [len(solve["residual"][0]) for solve in made.told["solves"]] == [4, 4, 4]
+    assert json.loads(json.dumps(made.told)) == made.told
 
 
 @pytest.mark.parametrize("schedule", [Schedule(4, step_size=0.3), Schedule(4, 4, step_size=0.05, momentum=0.5)])
 def test_an_interrupted_solve_goes_on_bit_for_bit_in_whichever_segment_it_was(work, found, monkeypatch, schedule):
-    monkeypatch.setitem(NAMED, "some", schedule)
-    method, states = AstraSource(schedule="some", tolerance=1e-12, segments=3), []
+    monkeypatch.setitem(NAMED, "paper", schedule)
+    method, states = AstraSource(schedule="paper", tolerance=1e-12, segments=3), []
     whole = method.directions(replace(work, on_step=lambda state: states.append({n: t.clone() for n, t in state.items()})), found)
     assert {int(state["segment"]) for state in states} == {0, 1, 2}
     for state in states:
@@ -105,10 +111,10 @@ def test_an_interrupted_solve_goes_on_bit_for_bit_in_whichever_segment_it_was(wo
 
 def test_it_is_near_source_where_training_stopped_early(monkeypatch):
     """1/(s + 1/t) against (1 - exp(-t s))/s: the same at both ends, at most 30% apart between them, as the paper has it."""
-    monkeypatch.setitem(NAMED, "whole", Schedule(3000))
+    monkeypatch.setitem(NAMED, "paper", Schedule(3000))
     trained = train("softmax")
     segments = cut(trained.trajectory, 3)
-    method = AstraSource(schedule="whole", tolerance=1e-8, segments=3, fisher="exact")
+    method = AstraSource(schedule="paper", tolerance=1e-8, segments=3, fisher="exact")
     ours = source(trained, method, segments)
     theirs = source(trained, FastSource(segments=3, fisher="exact"), segments)
     for one, other, truth in zip(ours, theirs, trained.truth, strict=True):
@@ -119,7 +125,8 @@ def test_it_is_near_source_where_training_stopped_early(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "papr"}, "schedule must be one of paper, .*, got 'papr'"),
+        ({"schedule": "papr"}, "'tuned', 'paper', 'paper-convnet' or 'paper-gpt2'"),
+        ({"batch_size": 8}, 'batch_size = 8: schedule "tuned" takes all examples .* or choose "paper"'),
         ({"batch_size": 0}, 'batch_size must be "full" or a whole number of at least 1, got 0'),
         ({"tolerance": 2}, "tolerance"),
         ({"segments": 0}, "segments must be"),
@@ -128,3 +135,32 @@ def test_it_is_near_source_where_training_stopped_early(monkeypatch):
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         AstraSource(**options)
+
+
+def test_its_schedules_are_astras():
+    assert set(get_args(ScheduleName)) == set(NAMED)
+
+
+def test_what_a_solve_holds_for_a_query_is_counted():
+    assert (AstraSource(segments=4).passes, AstraSource(segments=4).vectors) == (4, 14)
+
+
+def test_a_schedule_that_diverges_in_a_short_segment_is_told_in_options_of_this_method(work, found):
+    """Its step size is lambda = 1 / horizon."""
+    short = replace(work, segments=(*SEGMENTS[:2], Segment((), 20, 30, 0.01, 0.0)))
+    with pytest.raises(InputError, match=r"^astra_source, segment 2 \(steps 20..30, lambda = 100\): astra diverged at step \d+") as refused:
+        AstraSource(schedule="paper-gpt2", segments=3, tolerance=1e-9).directions(short, found)
+    said = str(refused.value)
+    assert 'choose schedule = "tuned", or fewer, longer segments' in said
+    assert all(word not in said for word in ("step_size", "max_steps", "\n"))
+    advised = AstraSource(segments=3, tolerance=1e-9).directions(short, found)
+    assert all(all(solve["converged"]) for solve in advised.told["solves"])
+
+
+def test_other_errors_of_a_solve_are_passed_on_as_they_are(work, found, monkeypatch):
+    def refuses(*_, **__):
+        raise InputError("the model cannot be differentiated; write it otherwise")
+
+    monkeypatch.setattr(module, "astra", refuses)
+    with pytest.raises(InputError, match="the model cannot be differentiated; write it otherwise"):
+        AstraSource().directions(work, found)

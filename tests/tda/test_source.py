@@ -1,5 +1,6 @@
 """SOURCE against differentiating through a training loop, and against explicit matrix exponentials. All in float64."""
 
+import json
 import math
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,7 +22,7 @@ from tda.directions import Dense, dense, query_gradients
 from tda.methods import source as module
 from tda.methods.ekfac import EKFAC
 from tda.methods.source import FastSource, Source
-from tda.methods.work import Work
+from tda.methods.work import Made, Work
 from tda.modules import inspect
 from tda.trajectory import Recorder, Segment, Trajectory, average, cut
 from tests.tda.pipeline import Given, relative
@@ -135,22 +136,31 @@ def gradients(trained: Trained, attributed: Attributed) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def source(trained: Trained, method: Source, segments: tuple[Segment, ...], fits=None) -> torch.Tensor:
-    """SOURCE's scores (query, train)."""
-    final = trained.of(trained.problem.given.state_dict())
-    checkpoints = [[trained.at(name) for name in segment.checkpoints] for segment in segments]
-    if isinstance(method, FastSource):
-        states = [[checkpoint.parse(trained.states[name], name) for name in segment.checkpoints] for segment in segments]
-        checkpoints = [[trained.of(average(each))] for each in states]
-    fits = fits or [pooled(trained, each) for each in checkpoints]
+def met_by(trained: Trained, method: Source, segments: tuple[Segment, ...]) -> list[list[Attributed]]:
+    """The models whose training gradients each segment's directions meet."""
+    if not isinstance(method, FastSource):
+        return [[trained.at(name) for name in segment.checkpoints] for segment in segments]
+    states = [[checkpoint.parse(trained.states[name], name) for name in segment.checkpoints] for segment in segments]
+    return [[trained.of(average(each))] for each in states]
+
+
+def made_of(trained: Trained, method: Source, segments: tuple[Segment, ...]) -> Made:
+    """The directions of all queries."""
+    final, checkpoints = trained.of(trained.problem.given.state_dict()), met_by(trained, method, segments)
+    fits = [pooled(trained, each) for each in checkpoints]
     found, _ = query_gradients(final, trained.problem.queries, range(QUERIES), batch_size=2)
     work = Work(final, trained.problem.train, fits, 0, 5, segments=segments)
     if isinstance(method, FastSource):
         work = replace(work, averaged=tuple(each for (each,) in checkpoints))
-    passes = method.directions(work, found).passes
+    return method.directions(work, found)
+
+
+def source(trained: Trained, method: Source, segments: tuple[Segment, ...]) -> torch.Tensor:
+    """SOURCE's scores (query, train)."""
+    passes = made_of(trained, method, segments).passes
     assert len(passes) == len(segments)
     total = torch.zeros(QUERIES, EXAMPLES, dtype=torch.float64)
-    for (direction,), each in zip(passes, checkpoints, strict=True):
+    for (direction,), each in zip(passes, met_by(trained, method, segments), strict=True):
         met = torch.stack([gradients(trained, one) for one in each]).mean(0)
         total += dense(direction).flatten(1) @ met.T / EXAMPLES
     return total
@@ -221,6 +231,18 @@ def test_directions_are_products_of_matrix_exponentials_from_the_last_segment_ba
     assert [told["damping"] for told in made.told["segments"]] == [0.1, 0.0, 0.3]
 
 
+@pytest.mark.parametrize("damping", [None, 0.25])
+@pytest.mark.parametrize("method", [Source, FastSource])
+def test_segments_are_told_as_json_and_their_dampings_nowhere_else(trained, method, damping):
+    segments = cut(trained.trajectory, 2)
+    told = json.loads(json.dumps(made_of(trained, method(fisher="exact", segments=2, damping=damping), segments).told))["segments"]
+    assert [found["steps"] for found in told] == [[0, 300], [300, 600]]
+    assert [found["horizon"] for found in told] == pytest.approx([300 * 0.004 / (1 - MOMENTUM), 300 * 0.001 / (1 - MOMENTUM)])
+    assert [found["damping"] for found in told] == pytest.approx([WEIGHT_DECAY if damping is None else damping] * 2)
+    assert [found["checkpoints"] for found in told] == [list(segment.checkpoints) for segment in segments]
+    assert method(damping=damping).damping_of([]) is None
+
+
 def test_one_long_segment_is_influence(trained):
     final = trained.of(trained.problem.given.state_dict())
     found, _ = query_gradients(final, trained.problem.queries, range(QUERIES), batch_size=2)
@@ -258,6 +280,8 @@ def test_responses_are_exact_from_no_curvature_to_much():
         ({"segments": []}, "segments must be"),
         ({"segments": [3, 2.5]}, "segments must be"),
         ({"segments": True}, "segments must be"),
+        ({"segments": [5, 2]}, r"segments = \[5, 2\]: the steps at which segments stop must rise"),
+        ({"segments": [5, 5]}, "must rise"),
         ({"per_segment": 0}, "per_segment"),
         ({"damping": -1}, "damping must be a finite number >= 0"),
         ({"damping": "heuristic"}, "leave it out to take the training's weight decay"),
@@ -271,6 +295,11 @@ def test_options_out_of_range_are_refused(options, message):
 def test_each_segment_has_a_fit_of_its_own():
     assert [fit.segment for fit in Source(segments=2).fits] == [0, 1]
     assert [fit.key for fit in FastSource(segments=[5, 7, 9], fisher="exact").fits] == [f"exact, segment {k}" for k in range(3)]
+
+
+@pytest.mark.parametrize("segments", [4, [5, 7, 8, 9]])
+def test_what_is_held_for_a_query_grows_with_the_segments(segments):
+    assert [(method(segments=segments).passes, method(segments=segments).vectors) for method in (Source, FastSource)] == [(4, 6)] * 2
 
 
 def error(trained, method, segments):

@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from torch import nn
 
 from tda import checkpoint
 from tda.errors import InputError
-from tda.trajectory import KEPT, Recorder, Saved, Trajectory, average, cut
+from tda.trajectory import KEPT, WHOLE, Recorder, Saved, Trajectory, average, cut
 
 
 class Training:
@@ -51,6 +52,7 @@ def test_what_is_kept_is_even_and_time_is_of_every_step(reports):
         assert len(training.stored) <= 6
     found = training.recorder.finish(training.model)
     assert found.whole
+    assert found.reported == len(reports)
     assert set(training.stored) == {saved.name for saved in found.saved}
     assert len(found.saved) <= 6
     assert found.saved[0].step == 0
@@ -115,8 +117,19 @@ def test_a_trajectory_survives_json():
     [
         ({"step": 9}, r"on_checkpoint\(step=9\) after step 10; report the number of optimizer steps taken so far"),
         ({"step": 10, "weight": 3}, r"on_checkpoint\(step=10\) after step 10"),
-        ({"step": 11, "learning_rate": -0.1}, r"on_checkpoint\(learning_rate=-0.1\): it must be a number >= 0"),
+        ({"step": 11, "learning_rate": -0.1}, r"on_checkpoint\(learning_rate=-0.1\): it must be a finite number >= 0$"),
         ({"step": 11, "learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"step": 11, "learning_rate": float("inf")}, "learning_rate=inf"),
+        ({"step": 11, "learning_rate": 10**400}, "learning_rate=1000"),
+        ({"step": 11, "learning_rate": "0.1"}, r"on_checkpoint\(learning_rate='0.1'\): it must be a finite number"),
+        ({"step": 11, "learning_rate": None}, "learning_rate=None"),
+        ({"step": 11, "learning_rate": True}, "learning_rate=True"),
+        ({"step": 11, "learning_rate": torch.ones(2, 2)}, r"learning_rate=tensor\(\[\[1.* \[1.*it must be a finite number"),
+        ({"step": 11, "momentum": (0.9, 0.999)}, r"momentum=\(0.9, 0.999\)\): it must be a number >= 0 and < 1"),
+        ({"step": "x"}, r"on_checkpoint\(step='x'\): it must be a whole number, of optimizer steps taken so far"),
+        ({"step": 12.9}, r"step=12.9\): it must be a whole number"),
+        ({"step": float("inf")}, r"step=inf\): it must be a whole number"),
+        ({"step": 11, "model": {}}, r"on_checkpoint\(model={}\): it must be the torch.nn.Module"),
         ({"step": 11, "momentum": 1.0}, r"momentum=1.0\): it must be a number >= 0 and < 1"),
         ({"step": 11, "weight_decay": -1}, "weight_decay=-1"),
         ({"step": 11, "epoch": 3}, "on_checkpoint got epoch; it takes model, learning_rate, step, momentum, weight_decay"),
@@ -125,8 +138,48 @@ def test_a_trajectory_survives_json():
 def test_reports_that_make_no_sense_are_refused(more, message):
     training = Training()
     training.report(10)
+    with pytest.raises(InputError, match=message) as refused:
+        training.report(**{"weight": 11} | more)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [torch.tensor, np.float32, np.array, lambda x: np.array([x]), lambda x: torch.tensor([float(x)], requires_grad=True)],
+    ids=["tensor", "float32", "array", "array of one", "parameter"],
+)
+def test_numbers_may_come_as_tensors_and_are_stored_as_numbers(number):
+    more = {"learning_rate": number(0.5), "momentum": number(0.75), "weight_decay": number(0.125)}
+    training = Training()
+    training.report(number(10), 10, **more)
+    found = training.recorder.finish(training.model)
+    assert json.loads(json.dumps(found.to_json()))["saved"][1]["time"] == 20.0
+    assert found == trained(10, learning_rate=0.5, momentum=0.75, weight_decay=0.125)
+
+
+def test_of_many_reports_what_is_kept_is_the_limit_and_what_is_told():
+    found = trained(*range(1, 1001))
+    kept = len(found.saved) - 1
+    message = f"segments = {kept + 1}: of the training's 1000 reports {kept} are kept, evenly spaced; ask for at most {kept} segments"
     with pytest.raises(InputError, match=message):
-        training.report(**more)
+        cut(found, kept + 1)
+    with pytest.raises(InputError, match=f"fewer than per_segment = 2; of 1000 reports {kept} are kept: choose longer segments"):
+        cut(found, [1, 1000])
+    assert len(cut(found, kept, 1)) == kept
+    # The other way out: so few reports are all kept.
+    assert f"or call on_checkpoint {kept + 1} to {WHOLE} times" in refusal(found, kept + 1)
+    assert len(trained(*range(1, WHOLE + 1)).saved) == WHOLE + 1
+    assert "or call on_checkpoint more often" in refusal(trained(*range(1, WHOLE)), WHOLE)
+    # Past the limit, more reports are no way out.
+    for few in (found, trained(*range(1, WHOLE + 1))):
+        most = f"ask for at most {len(few.saved) - 1} segments (no more than {KEPT} checkpoints are kept)"
+        assert refusal(few, WHOLE + 1).endswith(most)
+
+
+def refusal(found, segments):
+    with pytest.raises(InputError) as refused:
+        cut(found, segments)
+    return str(refused.value)
 
 
 def trajectory(*steps, rate=0.1, whole=True) -> Trajectory:
@@ -171,7 +224,7 @@ def test_stops_may_lie_between_checkpoints_and_time_passes_evenly_there():
 @pytest.mark.parametrize(
     ("found", "options", "message"),
     [
-        (trajectory(10), {"segments": 3}, "segments = 3: the training reported only 1 checkpoint; call on_checkpoint more often"),
+        (trajectory(10), {"segments": 3}, "segments = 3: the training reported only 1 checkpoint; ask for at most 1 segment, or call"),
         (trajectory(10, 20), {"segments": [12, 20]}, r"steps 12..20 has 1 checkpoint, fewer than per_segment = 2"),
         (trajectory(10, 20), {"segments": [20, 10]}, r"segments = \[20, 10\]: give the steps at which .* rising, the last one 20; 10 is"),
         (trajectory(10, 20), {"segments": [10, 30]}, "the last one 20; 30 is not one"),
