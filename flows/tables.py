@@ -95,7 +95,10 @@ def _print_layers(coverage: dict[str, Any], damping: dict[str, Any]) -> None:
 
 def _segments(segments: list[dict[str, Any]]) -> str:
     """Steps, time and damping of the segments that a training is cut into."""
-    return "; ".join(f"steps {s['steps'][0]}..{s['steps'][1]}, time {s['horizon']:.4g}" + (f", damping {s['damping']:.4g}" if "damping" in s else "") for s in segments)
+    return "; ".join(
+        f"steps {s['steps'][0]}..{s['steps'][1]}, time {s['horizon']:.4g}" + (f", damping {s['damping']:.4g}" if "damping" in s else "")
+        for s in segments
+    )
 
 
 def _units(units: Any) -> str:
