@@ -8,13 +8,14 @@ is the one that survives dependent directions (Ji & Li 2017): they are made orth
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tda.errors import InputError
-from tda.solvers.cg import ROUNDING, WORTHWHILE, farthest, overflow
-from tda.solvers.system import WAY_OUT, OnStep, Precondition, Solution, State, System, Trace, goal, lengths
+from tda.solvers.cg import ROUNDING, WORTHWHILE, farthest
+from tda.solvers.system import WAY_OUT, OnStep, Precondition, Solution, State, System, Trace, goal, lengths, overflow
 
 
 def block_conjugate_gradients(
@@ -29,9 +30,10 @@ def block_conjugate_gradients(
 ) -> Solution:
     """Solve (C + damping) x = b to ||b - (C + damping) x|| <= tolerance ||b|| for every query, all in one Krylov space.
 
-    start (query, D): where to begin; zero by default. A step minimises the energy of every query's error over as many directions as
-    there are queries under way. Queries that have converged add no directions. Products are counted as shared out among the queries.
-    The last check, state, on_step and memory as in `conjugate_gradients`. Raises InputError where C + damping is not positive definite.
+    start (query, D): where to begin, used up; zero by default. A step minimises the energy of every query's error over as many
+    directions as there are queries under way. Queries that have converged add no directions. Products are counted as shared out among
+    the queries. The last check, state and on_step as in `conjugate_gradients`; memory: five vectors per query besides b.
+    Raises InputError where C + damping is not positive definite.
     """
     path = _Path(system, precondition, tolerance, _begin(system, start) if state is None else state)
     if state is None:
@@ -51,10 +53,10 @@ def block_conjugate_gradients(
 def _begin(system: System, start: Tensor | None) -> State:
     """From `start`, with the residuals of all queries, and no directions yet."""
     b = system.right
-    x = torch.zeros_like(b) if start is None else start.clone()
+    x = torch.zeros_like(b) if start is None else start
     r = b.clone() if start is None else system.residual(x)
     trace = Trace(len(b), b)
-    trace.add(lengths(r) / system.scale, 0.0 if start is None else system.examples)
+    trace.add(system.relative(r), 0.0 if start is None else system.examples)
     none = torch.zeros(len(b), dtype=torch.bool, device=b.device)
     known = {"checked": torch.full_like(system.scale, torch.inf), "largest": torch.tensor(0.0), "step": torch.tensor(0)}
     return {"x": x, "r": r, "p": r[:0], "live": none, **known, **trace.state()}
@@ -91,8 +93,8 @@ class _Path:
         """One step: the best x over the directions p, and the directions that follow."""
         system, p, trace = self.system, self.p, self.trace
         q = system.apply(p)
-        inverse = self._inverse_energy(q)
-        length = inverse @ (p @ self.r.T).double()
+        solve = self._energy(q)
+        length = solve((p @ self.r.T).double())
         # ||q^T length||, by which the residuals move
         moved = ((q @ q.T).double() @ length).mul_(length).sum(0).clamp(min=0).sqrt()
         known = moved <= farthest(system, trace)
@@ -101,10 +103,10 @@ class _Path:
         self.r.addmm_(length.T, q, alpha=-1)
         trace.add(lengths(self.r) / system.scale, trace.spent + system.examples * len(p) / len(self.x))
         self.step += 1
-        self.live = self.live & known & (trace.last > goal(self.tolerance, self.checked)) & inverse.any()
+        self.live = self.live & known & (trace.last > goal(self.tolerance, self.checked)) & length.any()
         if self.is_going():
             z = self._preconditioned()
-            z.addmm_((inverse @ (q @ z.T).double()).to(p).T, p, alpha=-1)
+            z.addmm_(solve((q @ z.T).double()).to(p).T, p, alpha=-1)
             del p, q
             self._follow(z)
 
@@ -112,7 +114,7 @@ class _Path:
         """Compute the residuals from x; queries that are not there yet, and still gain from it, begin again from them."""
         self.r = self.p = self.x[:0]
         self.r = self.system.residual(self.x)
-        self.trace.add(lengths(self.r) / self.system.scale, self.trace.spent + self.system.examples)
+        self.trace.add(self.system.relative(self.r), self.trace.spent + self.system.examples)
         now, before = self.trace.last.clone(), self.checked
         self.checked = now
         self.aim((now > self.tolerance) & (now < WORTHWHILE * before))
@@ -130,14 +132,18 @@ class _Path:
         if not len(self.p):
             self.live = torch.zeros_like(self.live)
 
-    def _inverse_energy(self, q: Tensor) -> Tensor:
-        """Inverse (direction, direction) of p (C + damping) p^T, float64, and 0 on what is nothing but rounding of it."""
+    def _energy(self, q: Tensor) -> Callable[[Tensor], Tensor]:
+        """Solves with p (C + damping) p^T, (direction, direction), for float64 columns; 0 along what is nothing but rounding of it."""
         energy, stretched = (self.p @ q.T).double(), float(lengths(q).max())
         whose = f"of queries {self.system.first} to {self.system.first + len(self.x) - 1}"
         if not math.isfinite(stretched):
             raise InputError(overflow("C + damping", whose, q))
         self.largest = max(self.largest, stretched)
-        values, basis = torch.linalg.eigh((energy + energy.T) / 2)
+        energy = (energy + energy.T) / 2
+        root, failed = torch.linalg.cholesky_ex(energy)
+        if not int(failed):
+            return lambda columns: torch.cholesky_solve(columns, root)
+        values, basis = torch.linalg.eigh(energy)
         precision = torch.finfo(q.dtype).eps
         if float(values[0]) < -ROUNDING * len(q) ** 0.5 * precision * self.largest:
             raise InputError(
@@ -145,8 +151,8 @@ class _Path:
                 f"{whose}; {WAY_OUT}"
             )
         kept = values > precision * stretched
-        inverse: Tensor = basis * torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0) @ basis.T
-        return inverse
+        values, basis = values[kept, None], basis[:, kept]
+        return lambda columns: basis @ ((basis.T @ columns) / values)
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tda.errors import InputError
-from tda.solvers.system import WAY_OUT, OnStep, Precondition, Solution, State, System, Trace, goal, inner, lengths
+from tda.solvers.system import WAY_OUT, OnStep, Precondition, Solution, State, System, Trace, goal, inner, lengths, overflow
 
 #: A restart must bring the true residual down to this share, or the precision of the numbers is what stands in the way.
 WORTHWHILE = 0.1
@@ -32,7 +32,7 @@ def conjugate_gradients(
     along; where it says converged, the true one is computed, and the query goes on from there if it is not. A query whose residual
     can no longer be reduced in its precision, as where the matrix is singular, ends with `converged` False.
     state: of an earlier call with the same arguments, which is gone on with bit for bit and used up; on_step is given it after every
-    step. Memory: x, residual, search direction, product and preconditioned residual, five vectors per query besides b.
+    step. Memory: x, residual, search direction, and a product or the preconditioned residual, four vectors per query besides b.
     Raises InputError where C + damping is not positive definite, naming the query.
     """
     path = _Path(system, precondition, tolerance, _begin(system, start) if state is None else state)
@@ -56,7 +56,7 @@ def _begin(system: System, start: Tensor | None) -> State:
     x = torch.zeros_like(b) if start is None else start.clone()
     r = b.clone() if start is None else system.residual(x)
     trace = Trace(len(b), b)
-    trace.add(lengths(r) / system.scale, 0.0 if start is None else system.examples)
+    trace.add(system.relative(r), 0.0 if start is None else system.examples)
     every = torch.ones(len(b), dtype=torch.bool, device=b.device)
     known = {"checked": torch.full_like(system.scale, torch.inf), "largest": torch.tensor(0.0), "step": torch.tensor(0)}
     return {"x": x, "r": r, "p": r[:0], "r_z": b.new_zeros(len(b)), "live": every, **known, **trace.state()}
@@ -114,7 +114,7 @@ class _Path:
         """Compute the residuals from x; queries that are not there yet, and still gain from it, go on from them."""
         self.r = self.p = self.x[:0]
         self.r = self.system.residual(self.x)
-        self.trace.add(lengths(self.r) / self.system.scale, self.trace.spent + self.system.examples)
+        self.trace.add(self.system.relative(self.r), self.trace.spent + self.system.examples)
         now, before = self.trace.last.clone(), self.checked
         self.checked = now
         self.aim((now > self.tolerance) & (now < WORTHWHILE * before))
@@ -156,18 +156,13 @@ class _Path:
             raise InputError(f"{what} is not positive definite: v^T M v / v^T v = {value:.3g} {where} of query {query}; {WAY_OUT}")
 
 
-def overflow(what: str, whose: str, values: Tensor) -> str:
-    """What to say where products are not finite."""
-    wider = "" if values.dtype == torch.float64 else ', or dtype = "float64"'
-    return f"products of {what} with the vectors {whose} are not finite; mend the model, whose derivatives overflow{wider}"
-
-
 def farthest(system: System, trace: Trace) -> Tensor:
     """How far (query,) a step may move the residual of a query: what goes farther is along a direction that the precision loses.
 
     For ||r|| <= sqrt(sigma_max / sigma_min) ||r_0|| all the way, and 1 / precision is the most that the quotient can be.
     """
-    return system.scale * trace.first.clamp(min=1) * torch.finfo(system.right.dtype).eps ** -0.5
+    most: float = torch.finfo(system.right.dtype).eps ** -0.5
+    return system.scale * trace.first.clamp(min=1) * most
 
 
 def _rounding(like: Tensor) -> float:

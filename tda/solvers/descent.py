@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tda.errors import InputError
-from tda.solvers.cg import ROUNDING, overflow
+from tda.solvers.cg import ROUNDING
 from tda.solvers.power import extreme_eigenvalues
-from tda.solvers.system import DIVERGED, WAY_OUT, OnStep, Precondition, Solution, State, System, Trace, lengths, mini_batch
+from tda.solvers.system import DIVERGED, WAY_OUT, OnStep, Precondition, Solution, State, System, Trace, lengths, mini_batch, overflow
 
 #: The largest eigenvalue is found from below: by so much less than its inverse a step is.
 MARGIN = 1.05

@@ -13,9 +13,7 @@ from tda import flat
 from tda.blocks import Block
 from tda.curvature.eigen import Factor, rotate
 from tda.curvature.inverse import Damping, damping_value, inverse_eigenvalues
-
-#: Vectors are taken so many bytes at a time, because what lies between them and the result is several times their size.
-PIECE_BYTES = 64 << 20
+from tda.solvers.system import pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +27,10 @@ class EKFACPreconditioner:
     def __call__(self, vectors: Tensor) -> Tensor:
         """P^-1 v, in the dtype of v."""
         found = torch.empty_like(vectors)
-        step = max(1, PIECE_BYTES // max(1, vectors[:1].nbytes))
+        step = pieces(vectors)
         for some, to in zip(vectors.split(step), found.split(step), strict=True):
-            pieces = zip(self.factors, self._inverses, flat.unflatten(self.blocks, some), flat.unflatten(self.blocks, to), strict=True)
-            for factor, inverse, matrix, place in pieces:
+            parts = zip(self.factors, self._inverses, flat.unflatten(self.blocks, some), flat.unflatten(self.blocks, to), strict=True)
+            for factor, inverse, matrix, place in parts:
                 place.copy_(rotate(factor, rotate(factor, matrix.to(inverse)) * inverse, back=True))
         return found
 

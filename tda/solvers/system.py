@@ -23,6 +23,8 @@ OnStep = Callable[[State], None]
 
 #: A residual that has grown by this much, relative to the right-hand side, comes back no more.
 DIVERGED = 1e3
+#: Bytes of vectors that are worked on at a time.
+PIECE_BYTES = 64 << 20
 #: What to do about a matrix that is not positive definite; the solvers do not know which curvature it is.
 WAY_OUT = 'raise the damping or, if it is a Hessian, take curvature = "ggn"'
 
@@ -60,6 +62,20 @@ class System:
                 f"the gradient of query {self.first + query} has the norm {float(norms[query])}; mend the query or the model's outputs"
             )
         return torch.where(norms > 0, norms, 1.0)
+
+    def relative(self, r: Tensor) -> Tensor:
+        """||r|| / ||b|| of residuals r of all queries, (query,). Raises InputError where it is not finite."""
+        found = lengths(r) / self.scale
+        bad = ~torch.isfinite(found)
+        if bool(bad.any()):
+            raise InputError(overflow("C + damping", f"of query {self.first + int(bad.nonzero()[0])}", r))
+        return found
+
+
+def overflow(what: str, whose: str, values: Tensor) -> str:
+    """What to say where products are not finite."""
+    wider = "" if values.dtype == torch.float64 else ', or dtype = "float64"'
+    return f"products of {what} with the vectors {whose} are not finite; mend the model, whose derivatives overflow{wider}"
 
 
 @dataclass(frozen=True)
@@ -140,8 +156,13 @@ def lengths(vectors: Tensor) -> Tensor:
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """<a, b> per query, (query,)."""
-    found: Tensor = torch.linalg.vecdot(a, b)
-    return found
+    step = pieces(a)
+    return torch.cat([torch.linalg.vecdot(x, y) for x, y in zip(a.split(step), b.split(step), strict=True)])
+
+
+def pieces(vectors: Tensor) -> int:
+    """How many of some vectors (query, D) are worked on at a time where what is between them and the result is as large as they are."""
+    return max(1, PIECE_BYTES // max(1, vectors[:1].nbytes))
 
 
 def goal(tolerance: float, checked: Tensor) -> Tensor:
