@@ -39,19 +39,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
-        _check("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
-        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0")
+            _check(name, getattr(self, name), lambda value: isinstance(value, int) and value >= 1, "a whole number of at least 1")
+        _check("learning_rate", self.learning_rate, lambda value: 0 < value < math.inf, "a number above 0")
+        _check("momentum", self.momentum, lambda value: 0 <= value < 1, "a number in [0, 1)")
+        _check("weight_decay", self.weight_decay, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
     def steps(self, examples: int) -> int:
         """Optimizer steps of one epoch over so many examples."""
         return -(-examples // self.batch_size)
 
 
-def _check(name: str, value: float, good: bool, wanted: str) -> None:
-    if not good:
-        raise InputError(f"the recipe's {name} is {value}; it must be {wanted}")
+def _check(name: str, value: Any, good: Callable[[Any], bool], wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not good(value):
+        raise InputError(f"the recipe's {name} is {value!r}; it must be {wanted}")
 
 
 def orders(recipe: Recipe, examples: int, seed: int) -> Iterator[Tensor]:

@@ -40,7 +40,7 @@ def subset_size(examples: int, alpha: float) -> int:
 
 def training_seed(seed: int, alpha: float, subset: int, repeat: int) -> int:
     """The seed of one retraining, in [0, 2^32): numpy's old generators take no more."""
-    return _digest(seed, alpha, subset, "training", repeat) % 2**32
+    return _digest(int(seed), float(alpha), int(subset), "training", int(repeat)) % 2**32
 
 
 def tuning(queries: int, share: float, seed: int) -> np.ndarray:
@@ -83,7 +83,7 @@ def without(examples: int, groups: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _random(seed: int, alpha: float, subset: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=_digest(seed, alpha, subset, "subset") % 2**128))
+    return np.random.Generator(np.random.Philox(key=_digest(int(seed), float(alpha), int(subset), "subset") % 2**128))
 
 
 def _digest(*parts: object) -> int:

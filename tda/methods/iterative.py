@@ -46,8 +46,8 @@ class Iterative(Method):
 
     @property
     def vectors(self) -> int:
-        """Right-hand sides, solutions, residuals, search directions, products and a stored state of them."""
-        return 10
+        """Right-hand sides, solutions, residuals, search directions, products, and tangents on their way."""
+        return 7
 
     def determining(self) -> dict[str, Any]:
         """Without the Fisher where no factors are needed."""
@@ -152,7 +152,7 @@ class SNI(Iterative):
 
 
 class Astra(Iterative):
-    """ASTRA: iterations preconditioned by EK-FAC, started from its solution.
+    """ASTRA: iterations that EK-FAC preconditions, started from its solution.
 
     schedule: "tuned", ours; or the paper's by name: "paper", "paper-convnet", "paper-gpt2". batch_size, max_steps, step_size and
     momentum replace parts of it. start: "ekfac" or "zero".

@@ -117,11 +117,11 @@ def test_options_out_of_range_are_refused(options, message):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ((0, 64, 0.1), "epochs is 0; it must be at least 1"),
+        ((0, 64, 0.1), "epochs is 0; it must be a whole number of at least 1"),
         ((1, 0, 0.1), "batch_size is 0"),
-        ((1, 64, 0.0), "learning_rate is 0.0; it must be above 0"),
+        ((1, 64, 0.0), "learning_rate is 0.0; it must be a number above 0"),
         ((1, 64, float("inf")), "learning_rate is inf"),
-        ((1, 64, 0.1, 1.0), r"momentum is 1.0; it must be in \[0, 1\)"),
+        ((1, 64, 0.1, 1.0), r"momentum is 1.0; it must be a number in \[0, 1\)"),
         ((1, 64, 0.1, 0.9, -1.0), "weight_decay is -1.0"),
     ],
 )
