@@ -119,6 +119,8 @@ def test_options_out_of_range_are_refused(options, message):
     [
         ((0, 64, 0.1), "epochs is 0; it must be a whole number of at least 1"),
         ((1, 0, 0.1), "batch_size is 0"),
+        ((2.5, 64, 0.1), "epochs is 2.5; it must be a whole number"),
+        ((1, 64, "0.1"), "learning_rate is '0.1'; it must be a number"),
         ((1, 64, 0.0), "learning_rate is 0.0; it must be a number above 0"),
         ((1, 64, float("inf")), "learning_rate is inf"),
         ((1, 64, 0.1, 1.0), r"momentum is 1.0; it must be a number in \[0, 1\)"),
