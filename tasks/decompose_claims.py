@@ -30,7 +30,7 @@ def claims(points: xr.Dataset, inverse: str) -> list[Claim]:
     share = data["error_share"].sel(definition="inverse", inverse=inverse, reference="hessian")
     kronecker = share.sel(step=["block_ggn to ekfac", "ekfac to kfac"]).sum("step").to_numpy()
     middle, first = (share.sel(step=step).to_numpy() for step in ("ggn to block_ggn", "hessian to ggn"))
-    rising: _Array = np.asarray((error.diff("rung").to_numpy() >= -1e-9).all(1))
+    rising: _Array = (_finite(error.diff("rung").to_numpy()) >= -1e-9).all(1)
     mass = data["off_block_mass"].sel(reference="ggn")
     found = [
         Claim("the error grows with every step down the ladder", f"at {rising.sum()} of {len(rising)} points", _all(rising)),
@@ -43,11 +43,23 @@ def claims(points: xr.Dataset, inverse: str) -> list[Claim]:
         _versus(data, "depth", _basis(data), "the Kronecker basis overlaps less in deeper networks", grows=False),
         _versus(data, "epochs", _basis(data), "the Kronecker basis overlaps more later in training", grows=True),
     ]
-    if "rung_lds" in data:
-        scores = data["rung_lds"].sel(inverse=inverse).mean(["query", "alpha"])
-        falling: _Array = np.asarray((scores.diff("rung").to_numpy() <= 0).all(1))
-        found.append(Claim("LDS falls with every step down the ladder", f"at {falling.sum()} of {len(falling)} points", _all(falling)))
+    if "rung_lds_step_bound" in data:
+        found.append(_falling(data["rung_lds_step_bound"].sel(inverse=inverse)))
     return found
+
+
+def _falling(bounds: xr.DataArray) -> Claim:
+    """Judge each step of each point by the interval of the paired difference of the two rungs' LDS, (point, alpha, step, bound)."""
+    low, high = _finite(bounds.transpose("point", "alpha", "step", "bound").to_numpy()).reshape(-1, 2).T
+    falls, rises = int((high < 0).sum()), int((low > 0).sum())
+    told = f"of {len(low)} steps {falls} fall, {rises} rise, {len(low) - falls - rises} are within the noise (95% intervals hold 0)"
+    holds = False if rises else True if falls == len(low) > 0 else None
+    return Claim("LDS falls with every step down the ladder", told, holds)
+
+
+def _finite(rows: _Array) -> _Array:
+    """The points (point, ...) at which everything is measured: elsewhere there is nothing that could hold or fail."""
+    return rows[np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))]
 
 
 def _basis(data: xr.Dataset) -> xr.DataArray:
@@ -59,11 +71,13 @@ def _versus(data: xr.Dataset, option: str, values: xr.DataArray, said: str, *, g
     """Compare the largest with the smallest value of an option, everything else being equal."""
     if option not in data.coords or len(np.unique(data[option])) < 2:
         return Claim(said, f"the study has one {option}", None)
+    if data[option].dtype.kind not in "iuf":
+        return Claim(said, f"the study's {option} are no numbers", None)
     others = [str(name) for name in data.coords if data[name].dims == ("point",) and name != option]
     groups: dict[tuple[object, ...], list[tuple[float, float]]] = {}
-    for i, value in enumerate(values.to_numpy().tolist()):
+    for i in np.flatnonzero(np.isfinite(values.to_numpy())):
         key = tuple(data[name].to_numpy()[i] for name in others)
-        groups.setdefault(key, []).append((float(data[option][i]), value))
+        groups.setdefault(key, []).append((float(data[option][i]), float(values[i])))
     pairs = [(min(group), max(group)) for group in groups.values() if len(group) > 1]
     if not pairs:
         return Claim(said, f"no two points differ in {option} alone", None)

@@ -25,6 +25,8 @@ from tda import location
 from tda.evaluation.lds import bootstrap, ceiling, interval, lds
 from tda.fingerprint import fingerprint
 
+#: Raised by one when what is computed here changes.
+VERSION = 2
 #: Resamples of the subsets for each interval.
 DRAWS = 200
 
@@ -49,7 +51,7 @@ def lds_job(study: Study, point: Point, job: PointJob) -> LdsJob | None:
     subject, seed = point.request.subject, point.request.seed
     wanted = RetrainJob("", subject.problem, subject.options, tuple(asked["alphas"]), asked["subsets"], asked["seeds"], seed)
     truth = retraining.plan(study.store, wanted)
-    key = fingerprint("ladder_lds", point=job.url.rpartition("/")[2], truth=truth.url.rpartition("/")[2], draws=DRAWS)
+    key = fingerprint("ladder_lds", point=job.url.rpartition("/")[2], truth=truth.url.rpartition("/")[2], draws=DRAWS, version=VERSION)
     return LdsJob(layout.artifact(study.store, "ladder_lds", key), job, truth)
 
 
@@ -60,17 +62,24 @@ def evaluate(job: LdsJob) -> dict[str, Any]:
         opened, truth = open_subject(job.point.subject), retraining.load_truth(job.truth.url)
         rungs = ladder_influence(load_ladder(job.point, opened), opened, job.point)
         scores = torch.stack(rungs, 1).numpy()  # (inverse, rung, query, train)
-        found, bounds, ceilings = [], [], []
+        found, bounds, steps, ceilings = [], [], [], []
         for masks, measured in zip(truth.masks, truth.measurement, strict=True):
             masks = masks.astype(bool)  # noqa: PLW2901
             found.append(lds(scores, masks, measured))
             draws = bootstrap(scores, masks, measured, draws=DRAWS)
-            means = found[-1].mean(-1).ravel()
-            ends = [interval(row, mean) for row, mean in zip(draws.reshape(-1, draws.shape[-1]), means, strict=True)]
-            bounds.append(np.array([[end.low, end.high] for end in ends]).reshape(*draws.shape[:-1], 2))
+            mean = found[-1].mean(-1)
+            bounds.append(_bounds(draws, mean))
+            steps.append(_bounds(np.diff(draws, axis=1), np.diff(mean, axis=1)))  # paired: all rungs see the same resamples
             ceilings.append(ceiling(measured).mean() if job.truth.seeds > 1 else np.nan)
-        numbers = {"rung_lds": np.stack(found), "rung_lds_bound": np.stack(bounds), "rung_lds_ceiling": np.array(ceilings)}
+        numbers = {"rung_lds": np.stack(found), "rung_lds_bound": np.stack(bounds), "rung_lds_step_bound": np.stack(steps)}
+        numbers |= {"rung_lds_ceiling": np.array(ceilings)}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(each, np.float64)) for name, each in numbers.items()}
         write_tensors(location.join(job.url, "numbers.safetensors"), tensors)
         storage.write_json(location.join(job.url, "complete.json"), {"arrays": sorted(tensors)})
     return {"seconds": time.perf_counter() - started}
+
+
+def _bounds(draws: np.ndarray[Any, Any], means: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Both ends of the interval of each mean, (..., bound), from its resamples (..., draw)."""
+    ends = [interval(row, mean) for row, mean in zip(draws.reshape(-1, draws.shape[-1]), means.ravel(), strict=True)]
+    return np.array([[end.low, end.high] for end in ends]).reshape(*means.shape, 2)

@@ -124,6 +124,7 @@ _STUDIES = (
     ArraySpec("agreement", ("point", "inverse", "rung"), _WIDE, "mean over queries of Spearman with the Hessian's scores", fill=_NAN),
     ArraySpec("rung_lds", ("point", "alpha", "inverse", "rung", "query"), _WIDE, "linear datamodelling score", fill=_NAN),
     ArraySpec("rung_lds_bound", ("point", "alpha", "inverse", "rung", "bound"), _WIDE, "95% bootstrap interval of the mean", fill=_NAN),
+    ArraySpec("rung_lds_step_bound", ("point", "alpha", "inverse", "step", "bound"), _WIDE, "95% interval of a step's change", fill=_NAN),
     ArraySpec("rung_lds_ceiling", ("point", "alpha"), _WIDE, "the LDS that a perfect prediction would reach", fill=_NAN),
     ArraySpec("negative_mass", ("point",), _WIDE, "norm of the Hessian's negative eigenvalues / of all", fill=_NAN),
     ArraySpec("gradient_norm", ("point",), _WIDE, "norm of the mean training gradient at the checkpoint", "nats per parameter", fill=_NAN),

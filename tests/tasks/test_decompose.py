@@ -185,6 +185,10 @@ def test_the_lds_of_a_rung_is_that_of_its_scores_by_hand(study: Study, points: l
         assert found["rung_lds"][0, 1, rung].tolist() == pytest.approx(wanted)
     assert found["rung_lds_bound"].shape == (1, 2, 5, 2)
     assert (found["rung_lds_bound"][..., 0] <= found["rung_lds"].mean(-1)).all()
+    assert found["rung_lds_step_bound"].shape == (1, 2, 4, 2)
+    changes = found["rung_lds"].mean(-1).diff(dim=2)
+    assert (found["rung_lds_step_bound"][..., 0] <= changes + 1e-12).all()
+    assert (changes <= found["rung_lds_step_bound"][..., 1] + 1e-12).all()
     assert decompose_lds.lds_job(asked, replace(points[0], progress=0.5), measured[0]) is None
 
 
