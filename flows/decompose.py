@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,9 +15,11 @@ from infra import storage
 from infra.cluster import ShardFailed, open_cluster
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
-from tasks import decompose, decompose_lds, decompose_measure, decompose_page, decompose_results, dense, layout, retraining, training
+from tasks import decompose, decompose_lds, decompose_measure, decompose_page, decompose_results, decompose_temporary, layout, training
 from tasks.decompose import Point, PointJob, Study
 from tasks.decompose_lds import LdsJob
+from tasks.dense import DenseJob
+from tasks.factors import FactorJob
 from tda import location
 from tda.errors import InputError
 
@@ -33,8 +35,8 @@ from flows.attribute import RunFailed  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 
 _stage = task(cache_policy=NO_CACHE, persist_result=False)
-# Stages find their session here: a cluster client is nothing that Prefect should look into or store.
-_SESSION: ContextVar[stages.Session] = ContextVar("session")
+# The flow's own argument is a configuration alone, so that a schedule can hold it: what decompose_study examined, it finds here.
+_EXAMINED: ContextVar[list[Point] | None] = ContextVar("examined", default=None)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def decompose_study(config: StudyConfig, command: str = "") -> StudySummary:
     """
     study = study_of(config)
     storage.check_store(study.store)
-    decompose.examine(study)
+    examined = _EXAMINED.set(decompose.examine(study))
     try:
         with embedded_api() as api, api.used():
             return decompose_flow(config.model_dump(mode="json"))
@@ -73,6 +75,8 @@ def decompose_study(config: StudyConfig, command: str = "") -> StudySummary:
             raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
         resume = f"`{command}`" if command else "the same study"
         raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
+    finally:
+        _EXAMINED.reset(examined)
 
 
 def study_of(config: StudyConfig) -> Study:
@@ -96,33 +100,28 @@ def decompose_flow(config: dict[str, Any]) -> StudySummary:
     started = time.perf_counter()
     parsed = StudyConfig.model_validate(config)
     study = study_of(parsed)
-    points = decompose.examine(study)
+    points = _EXAMINED.get() or decompose.examine(study)
     refused = [f"{decompose.listed(p.named)} ({p.parameters:,} parameters): {p.refused}" for p in points if p.refused]
     progress = Progress()
     with progress.shown(), open_cluster(parsed.cluster.spec()) as client, stages.session(client, progress) as session:
-        _SESSION.set(session)
         url, manifest = _claim(study, points, config)
         for line in refused:
             progress.say(f"left out: {line}")
         train(points)
         todo = [_todo(study, point) for point in points if not point.refused]
-        waiting = [each for each in todo if not each.done]
-        if len(waiting) < len(todo):
-            progress.say(f"reused: {len(todo) - len(waiting)} of {len(todo)} points")
-        for wave in _waves(waiting, parsed.cluster.workers):
-            fit(wave)
-            measure(wave)
-            evaluate(wave)
-            if not parsed.keep_spectra:
-                drop_spectra(wave)
+        reused = sum(each.done for each in todo)
+        if reused:
+            progress.say(f"reused: {reused} of {len(todo)} points")
+        if parsed.keep_spectra:
+            decompose_temporary.forget(url)
+        _compute([each for each in todo if not each.done], parsed.cluster.workers, "" if parsed.keep_spectra else url, study.store)
         urls = iter([each.urls for each in todo])
         decompose_results.write_results(url, study, points, [() if point.refused else next(urls) for point in points])
+        manifest["points"] = [decompose_results.described(point, trained=True) for point in points]
         manifest["timings"] = session.timed(started)
         decompose_page.write_page(url, manifest)
         decompose_results.complete(url, manifest)
-    return StudySummary(
-        url.rpartition("/")[2], url, location.join(url, "report.html"), study.store, len(todo), refused, len(todo) - len(waiting)
-    )
+    return StudySummary(url.rpartition("/")[2], url, location.join(url, "report.html"), study.store, len(todo), refused, reused)
 
 
 @_stage
@@ -131,7 +130,7 @@ def train(points: Sequence[Point]) -> None:
     jobs = {point.training[2]: point.training for point in points if not point.refused}
     missing = [job for url, job in jobs.items() if not layout.is_complete(url)]
     if missing:
-        _SESSION.get().shards(training.train, missing, "train")
+        stages.here().shards(training.train, missing, "train")
 
 
 @dataclass(frozen=True)
@@ -157,51 +156,49 @@ def _todo(study: Study, point: Point) -> Todo:
     return Todo(job, decompose_lds.lds_job(study, point, job))
 
 
-@_stage
+def _compute(waiting: Sequence[Todo], width: int, temporary: str, store: str) -> None:
+    """Fit, measure and evaluate what is not done. temporary: URL of a study that keeps no spectra; "" where they are kept.
+
+    As many points at a time as there are workers: of more, the matrices would fill the store before the first is measured.
+    """
+    for start in range(0, len(waiting), width):
+        wave = waiting[start : start + width]
+        if temporary:
+            decompose_temporary.drop(temporary, store, {spectra.url for each in waiting[start:] for spectra in each.job.spectra})
+            decompose_temporary.note(temporary, [spectra for each in wave for spectra in each.job.spectra])
+        fit(wave)
+        measure(wave)
+        evaluate(wave)
+    if temporary:
+        decompose_temporary.drop(temporary, store)
+        decompose_temporary.forget(temporary)
+
+
 def fit(wave: Sequence[Todo]) -> None:
-    """The spectra and factors of some points, side by side."""
+    """The spectra and factors of some points; points may share some."""
+    jobs: dict[str, FactorJob | DenseJob] = {}
     for each in wave:
-        stages.fit(each.job.factors)
-    session = _SESSION.get()
-    missing = [spectra for each in wave for spectra in each.job.spectra if not layout.is_complete(spectra.url)]
-    for spectra in missing:
-        dense.create(spectra)
-    if missing:
-        session.shards(dense.rows, [rows for spectra in missing for rows in dense.row_tasks(spectra)], "matrices")
-        session.shards(dense.decompose, [block for spectra in missing for block in dense.decompose_tasks(spectra)], "eigendecompositions")
-        session.shards(dense.finish, missing, "finish spectra")
+        jobs[each.job.factors.url] = each.job.factors
+        jobs |= {spectra.url: spectra for spectra in each.job.spectra}
+    for job in jobs.values():
+        stages.fit(job)
 
 
 @_stage
 def measure(wave: Sequence[Todo]) -> None:
-    """Errors, overlaps and scores of some points."""
-    _SESSION.get().shards(decompose_measure.measure, [each.job for each in wave], "measure")
+    """Errors, overlaps and scores of some points; different points may be the same checkpoint."""
+    stages.here().shards(decompose_measure.measure, list({each.job.url: each.job for each in wave}.values()), "measure")
 
 
 @_stage
 def evaluate(wave: Sequence[Todo]) -> None:
     """Retrain on subsets where the study asks for it, and compare the scores of every rung with that."""
-    session, jobs = _SESSION.get(), [each.lds for each in wave if each.lds is not None]
+    jobs = list({each.lds.url: each.lds for each in wave if each.lds is not None}.values())
     for truth in {job.truth.url: job.truth for job in jobs}.values():
         if not layout.is_complete(truth.url):
-            retraining.create(truth)
-            session.shards(retraining.retrain_piece, retraining.pieces(truth), "retrain")
-            session.shards(retraining.finish, [truth], "finish retraining")
+            stages.retrain(truth, "retrain")
     if jobs:
-        session.shards(decompose_lds.evaluate, jobs, "LDS")
-
-
-def drop_spectra(wave: Sequence[Todo]) -> None:
-    """Delete what is large and measured."""
-    for each in wave:
-        for spectra in each.job.spectra:
-            storage.delete_tree(spectra.url)
-
-
-def _waves(todo: Sequence[Todo], width: int) -> Iterator[Sequence[Todo]]:
-    """As many points at a time as there are workers: of more, the matrices would fill the store before the first is measured."""
-    for start in range(0, len(todo), width):
-        yield todo[start : start + width]
+        stages.here().shards(decompose_lds.evaluate, jobs, "LDS")
 
 
 def _claim(study: Study, points: Sequence[Point], config: dict[str, Any]) -> tuple[str, dict[str, Any]]:

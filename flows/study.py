@@ -183,7 +183,11 @@ def _check_sweep(sweep: dict[str, list[Any]], fixed: dict[str, Any]) -> dict[str
     for key, values in sweep.items():
         if key in fixed:
             raise InputError(f"{key} is both in [problem_options] and in [sweep]; leave it in one of them")
-        told = [json.dumps(value) for value in values]
-        if len(set(told)) < len(told):
+        if key == "progress":
+            raise InputError(
+                "sweep.progress: results call the share of the training so, and an option of that name cannot be swept beside it; "
+                "move progress out of [sweep], above all tables, or call the problem's option otherwise"
+            )
+        if any(value in values[:i] for i, value in enumerate(values)):  # by value: 1 and 1.0 are one place on an axis
             raise InputError(f"sweep.{key} = {_shown(values)} names a value twice; leave one of them out")
     return sweep

@@ -21,10 +21,13 @@ from tda import location
 from tda.curvature.spectrum import Inverse, projected_bytes
 from tda.decomposition import REFERENCES
 from tda.errors import InputError
+from tda.evaluation.subsets import subset_size
 from tda.fingerprint import fingerprint
 
 #: Raised by one when what is measured at a point changes.
 VERSION = 1
+#: How far the checkpoint that stands for a share of the training may lie from it, as a share of the training.
+NEAR = 0.05
 #: Shares of the eigenvectors whose overlap is measured.
 TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _METHODS = tuple(json.dumps({"name": name, "memory_limit": "1024TiB"}) for name in REFERENCES)
@@ -109,7 +112,8 @@ class PointJob:
 def examine(study: Study) -> list[Point]:
     """Every point, its problem loaded and checked, nothing written.
 
-    Raises InputError where a combination of options is not usable, or where no point fits into the memory that is allowed.
+    Raises InputError where a combination of options is not usable, where its data cannot be cut into the subsets of the evaluation, or
+    where no point fits into the memory that is allowed.
     """
     points = []
     for swept in study.combinations():
@@ -134,6 +138,8 @@ def _examined(study: Study, swept: dict[str, Any]) -> tuple[prepare.Request, pre
     request = prepare.Request(subject, study.store, study.seed, "full", methods, study.batch_size, None, None, self_influence=False)
     try:
         inputs = prepare.examine(request)
+        for alpha in json.loads(study.evaluation)["alphas"] if study.evaluation else []:
+            subset_size(inputs.examples, alpha)
     except InputError as error:
         raise InputError(f"{error} (with {listed(swept)})" if swept else str(error)) from error
     return request, inputs, open_subject(subject).attributed.blocks
@@ -152,11 +158,8 @@ def fingerprint_of(study: Study, points: Sequence[Point]) -> str:
 
 
 def job_of(study: Study, point: Point) -> PointJob:
-    """The jobs of a point whose training is done."""
-    weights = location.join(point.training[2], "weights.safetensors")
-    if point.progress < 1:
-        weights = _checkpoint(weights, point.progress)
-    subject = replace(point.request.subject, checkpoint=weights, dtype="float64")
+    """The jobs of a point whose training is done. Raises InputError as `moment_of`."""
+    subject = replace(point.request.subject, checkpoint=moment_of(point).checkpoint, dtype="float64")
     member = plan.plan(replace(point.request, subject=subject, methods=(*point.request.methods, *_METHODS)), point.inputs).first
     spectra = tuple(member.fits[name] for name in REFERENCES)
     factors = member.fits["exact"]
@@ -170,11 +173,41 @@ def job_of(study: Study, point: Point) -> PointJob:
     return PointJob(url, member.subject, spectra, factors, inverses, factors.batch_size)  # type: ignore[arg-type]
 
 
-def _checkpoint(weights: str, progress: float) -> str:
-    """The stored checkpoint that is nearest to a share of the training's steps."""
-    saved = read_trajectory(weights).saved
-    nearest = min(saved, key=lambda one: abs(one.step - progress * saved[-1].step))
-    return location.join(weights.rpartition("/")[0], nearest.name)
+@dataclass(frozen=True)
+class Moment:
+    """When in its training a point is measured: the checkpoint's URL, its step and its share of all steps; no step at the end."""
+
+    checkpoint: str
+    share: float = 1.0
+    step: int | None = None
+
+
+def moment_of(point: Point) -> Moment:
+    """What stands for a point whose training is done: what it ended with, or the stored checkpoint nearest to a share of its steps.
+
+    Raises InputError where that checkpoint is untrained or farther from the share than NEAR, and where the training is not known.
+    """
+    folder = point.training[2]
+    weights, asked = location.join(folder, "weights.safetensors"), f"progress = {point.progress:g}"
+    if point.progress == 1:
+        return Moment(weights)
+    if not location.exists(location.join(folder, "trajectory.json")):
+        call = "on_checkpoint(model=..., learning_rate=..., step=...)"
+        raise InputError(
+            f"{asked} needs checkpoints on the way, and fit of {point.request.subject.problem!r} reported none ({listed(point.named)}); "
+            f"let it call {call} after each epoch, or measure the end alone with progress = [1.0]"
+        )
+    trajectory = read_trajectory(weights, asked)
+    last = trajectory.saved[-1].step
+    if not trajectory.whole:
+        raise InputError(f"{asked}: the training went on after step {last}, its last report: call on_checkpoint after the last step, too")
+    nearest = min(trajectory.saved, key=lambda one: abs(one.step - point.progress * last))
+    if nearest.step == 0 or abs(nearest.step / last - point.progress) > NEAR:
+        shares = ", ".join(f"{one.step / last:.3g}" for one in trajectory.saved[1:])
+        raise InputError(
+            f"{asked}: no checkpoint was stored near it ({listed(point.named)}); ask for some of {shares}, or let fit report more often"
+        )
+    return Moment(location.join(folder, nearest.name), nearest.step / last, nearest.step)
 
 
 def _size(count: int) -> str:

@@ -30,7 +30,7 @@ def claims(points: xr.Dataset, inverse: str) -> list[Claim]:
     share = data["error_share"].sel(definition="inverse", inverse=inverse, reference="hessian")
     kronecker = share.sel(step=["block_ggn to ekfac", "ekfac to kfac"]).sum("step").to_numpy()
     middle, first = (share.sel(step=step).to_numpy() for step in ("ggn to block_ggn", "hessian to ggn"))
-    rising: _Array = (_finite(error.diff("rung").to_numpy()) >= -1e-9).all(1)
+    rising: _Array = np.asarray((_finite(error.diff("rung").to_numpy()) >= -1e-9).all(1))
     mass = data["off_block_mass"].sel(reference="ggn")
     found = [
         Claim("the error grows with every step down the ladder", f"at {rising.sum()} of {len(rising)} points", _all(rising)),

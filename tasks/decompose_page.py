@@ -166,6 +166,8 @@ def _row(point: xr.Dataset, name: str, described: dict[str, Any]) -> dict[str, A
     return {
         "name": name,
         "parameters": described["parameters"],
+        "step": described.get("step"),
+        "share": described.get("share"),
         "train": float(point["mean_loss"].sel(split="train")),
         "query": float(point["mean_loss"].sel(split="query")),
         "gradient": float(point["gradient_norm"]),

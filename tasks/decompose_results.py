@@ -14,7 +14,7 @@ import zarr
 import tda
 from infra import storage
 from tasks import layout
-from tasks.decompose import TOPS, Point, Study, fingerprint_of
+from tasks.decompose import TOPS, Point, Study, fingerprint_of, moment_of
 from tasks.decompose_measure import DEFINITIONS, QUANTILES, steps
 from tasks.tensors import read_tensors
 from tda import location, schema
@@ -43,7 +43,7 @@ def manifest(study: Study, points: Sequence[Point], study_id: str, created: str,
         "fingerprints": {"study": fingerprint_of(study, points)},
         "seeds": {"training": study.seed},
         "inverses": {label: json.loads(text) for label, text in study.inverses},
-        "points": [_described(point) for point in points],
+        "points": [described(point) for point in points],
         "shape": {"train": points[0].inputs.examples, "query": points[0].inputs.queries},
         "notes": [
             "float64 throughout; K-FAC and EK-FAC with the exact Fisher (expectation over labels): nothing is sampled",
@@ -52,11 +52,15 @@ def manifest(study: Study, points: Sequence[Point], study_id: str, created: str,
     }
 
 
-def _described(point: Point) -> dict[str, Any]:
+def described(point: Point, *, trained: bool = False) -> dict[str, Any]:
+    """A point as the manifest tells of it. trained: the moment at which it is measured is known."""
     layers = [{"name": name, "parameters": size} for name, size in zip(point.layers, point.sizes, strict=True)]
+    moment = moment_of(point) if trained and not point.refused else None
     return {
         "swept": json.loads(point.swept),
         "progress": point.progress,
+        "share": None if moment is None else moment.share,
+        "step": None if moment is None else moment.step,
         "parameters": point.parameters,
         "projected_bytes": point.bytes,
         "refused": point.refused,

@@ -7,6 +7,7 @@ study.results.error.sel(rung="ekfac", reference="hessian")
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -75,19 +76,27 @@ class Study:
     def points(self) -> xr.Dataset:
         """Everything that was measured, one row per point; the swept options are coordinates of the dimension `point`.
 
-        An option whose name an array has already is called option_<name>.
+        An option whose name an array has already is called option_<name>. `share` is the share of the training's steps at which a point
+        was measured: that of the checkpoint which was nearest to the `progress` asked for.
+
+        Raises:
+            InputError: the study is not finished, and nothing to read is there yet.
         """
+        if not self.manifest.get("complete") and not location.exists(location.join(self.url, "report.html")):
+            raise InputError(f"study {self.id} has no results yet; the `tda decompose CONFIG` that began it, given again, finishes it")
         group = location.open_group(location.join(self.url, "results.zarr"))
         schema.validate(group, sorted(group.array_keys()))
         data = xr.open_dataset(xr.backends.ZarrStore(group, mode="r"), decode_cf=False, chunks=None).load()
         for name in [n for n in (*data.data_vars, *data.coords) if data[n].dtype.kind in "TU"]:
             data[name] = data[name].dims, np.array(data[name].to_numpy(), dtype=object).astype(str), data[name].attrs
         options = [point["swept"] for point in self.manifest["points"]]
-        taken = {*data.variables, *data.dims}
+        taken = {*data.variables, *data.dims, "share", "progress"}
         swept = {f"option_{k}" if k in taken else k: ("point", [_plain(each[k]) for each in options]) for k in options[0]}
         if any(point["progress"] != 1 for point in self.manifest["points"]):
             swept["progress"] = ("point", [point["progress"] for point in self.manifest["points"]])
-        return data.assign_coords(swept)
+        told = {"long_name": "share of the training's steps before the checkpoint that was measured"}
+        shares = [math.nan if point.get("share") is None else point["share"] for point in self.manifest["points"]]
+        return data.assign(share=("point", shares, told)).assign_coords(swept)
 
     @cached_property
     def results(self) -> xr.Dataset:

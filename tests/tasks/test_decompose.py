@@ -1,6 +1,7 @@
 """A study's point: what is decided before it is computed, what is measured, and what the page says of it."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,8 +32,9 @@ WIDE = WIDE.replace(
     "nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)", "nn.Linear(6, self.width), nn.Tanh(), nn.Linear(self.width, 3)"
 )
 WIDE = WIDE.replace("enumerate(order.tolist(), 1)", "enumerate(order.tolist() * self.epochs, 1)")
+WIDE = WIDE.replace("step == len(order)", "step == len(order) * self.epochs")
 WIDE = WIDE.replace("dataset.x[i], dataset.y[i]", "dataset[i]")
-assert (WIDE.count("self.width"), WIDE.count("self.epochs")) == (3, 2)
+assert (WIDE.count("self.width"), WIDE.count("self.epochs")) == (3, 3)
 
 
 @pytest.fixture(scope="module")
@@ -226,13 +228,58 @@ def test_another_inverse_is_another_artifact_of_the_same_spectra(
     assert other.spectra == measured[0].spectra
 
 
-def test_a_point_on_the_way_is_the_nearest_stored_checkpoint(study: Study, points: list[Point]) -> None:
-    way, end = decompose.examine(replace(study, sweep='{"width": [3]}', progress=(0.5, 1.0)))
-    assert (way.named, end.named) == ({"width": 3, "progress": 0.5}, {"width": 3})
-    assert way.training == end.training
-    training.train(way.training)
-    assert decompose.job_of(study, way).subject.checkpoint.endswith("/steps/000000000023.safetensors")
+@pytest.fixture
+def way(study: Study) -> Point:
+    """A point halfway, trained: checkpoints at the steps 0, 3, ..., 45 and 46 of 46."""
+    half, end = decompose.examine(replace(study, sweep='{"width": [3]}', progress=(0.5, 1.0)))
+    assert (half.named, end.named) == ({"width": 3, "progress": 0.5}, {"width": 3})
+    assert half.training == end.training
+    training.train(half.training)
     assert decompose.job_of(study, end).subject.checkpoint.endswith("/weights.safetensors")
+    return half
+
+
+def test_a_point_on_the_way_is_the_nearest_stored_checkpoint(study: Study, way: Point) -> None:
+    moment = decompose.moment_of(way)
+    assert (moment.step, moment.share) == (24, 24 / 46)
+    assert moment.checkpoint.endswith("/steps/000000000024.safetensors")
+    assert decompose.job_of(study, way).subject.checkpoint == moment.checkpoint
+    assert decompose_results.described(way, trained=True)["step"] == 24
+
+
+@pytest.mark.parametrize("progress", [0.01, 0.6, 0.9])
+def test_a_share_of_the_training_without_a_checkpoint_near_it_is_refused(way: Point, progress: float, tmp_path: Path) -> None:
+    thinned = with_trajectory(way, tmp_path, lambda saved: [saved[0], saved[6], saved[-1]])
+    with pytest.raises(
+        InputError, match=rf"progress = {progress}: no checkpoint was stored near it \(width 3, .*; ask for some of 0.391, 1, "
+    ):
+        decompose.moment_of(replace(thinned, progress=progress))
+    assert decompose.moment_of(replace(thinned, progress=0.4)).step == 18
+
+
+def with_trajectory(point: Point, folder: Path, change) -> Point:
+    """The same training with other checkpoints stored."""
+    request = replace(point.request, store=f"file://{folder}")
+    moved = replace(point, request=request)
+    old, new = (Path(each.training[2].removeprefix("file://")) for each in (point, moved))
+    shutil.copytree(old, new)
+    told = json.loads((new / "trajectory.json").read_text())
+    told["saved"] = change(told["saved"])
+    (new / "trajectory.json").write_text(json.dumps(told))
+    return moved
+
+
+def test_a_silent_fit_or_one_that_goes_on_after_its_last_report_is_told_so(way: Point, tmp_path: Path) -> None:
+    moved = with_trajectory(way, tmp_path, list)
+    told = Path(moved.training[2].removeprefix("file://")) / "trajectory.json"
+    told.write_text(told.read_text().replace('"whole": true', '"whole": false'))
+    with pytest.raises(InputError, match=r"progress = 0.5: the training went on after step 46, its last report: call on_checkpoint after"):
+        decompose.moment_of(moved)
+    told.unlink()
+    with pytest.raises(
+        InputError, match=r"progress = 0.5 needs checkpoints on the way, and fit of .* reported none .*; let it call on_check"
+    ):
+        decompose.moment_of(moved)
 
 
 def test_the_page_names_points_claims_and_what_was_left_out(opened) -> None:
