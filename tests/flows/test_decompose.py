@@ -184,7 +184,7 @@ def test_points_on_the_way_are_measured_once_and_told_with_their_step(config, cl
     assert [point["step"] for point in opened.manifest["points"]] == [24, 24, None]
     assert opened.results.share.sel(width=3, progress=[0.52, 0.53, 1.0]).values.tolist() == pytest.approx([24 / 46, 24 / 46, 1.0])
     assert len(location.list_names(f"{done.store}/artifacts/decomposition")) == 2
-    assert b"at step 24, 52% of the training" in location.read_bytes(f"{opened.url}/report.html")
+    assert b"at step 24, 52.2 % of the training" in location.read_bytes(f"{opened.url}/report.html")
 
 
 def stop(*_: object) -> None:
