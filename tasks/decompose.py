@@ -19,13 +19,13 @@ from tasks.subject import Subject, open_subject
 from tasks.training import read_trajectory
 from tda import location
 from tda.curvature.spectrum import Inverse, projected_bytes
-from tda.decomposition import REFERENCES
+from tda.decomposition import REFERENCES, RUNGS
 from tda.errors import InputError
 from tda.evaluation.subsets import subset_size
 from tda.fingerprint import fingerprint
 
 #: Raised by one when what is measured at a point changes.
-VERSION = 1
+VERSION = 2
 #: How far the checkpoint that stands for a share of the training may lie from it, as a share of the training.
 NEAR = 0.05
 #: Shares of the eigenvectors whose overlap is measured.
@@ -118,9 +118,9 @@ def examine(study: Study) -> list[Point]:
     points = []
     for swept in study.combinations():
         request, inputs, blocks = _examined(study, swept)
-        needed = projected_bytes(blocks, "hessian")
-        refused = "" if needed <= study.memory_limit else f"takes {_size(needed)}, memory_limit is {_size(study.memory_limit)}"
         names, sizes = tuple(block.name for block in blocks), tuple(block.size for block in blocks)
+        needed = max(projected_bytes(blocks, "hessian"), measured_bytes(sizes, inputs.examples, inputs.queries, len(study.inverses)))
+        refused = "" if needed <= study.memory_limit else f"takes {_size(needed)}, memory_limit is {_size(study.memory_limit)}"
         points += [Point(json.dumps(swept), share, request, inputs, names, sizes, needed, refused) for share in study.progress]
     if all(point.refused for point in points):
         least = min(points, key=lambda point: point.bytes)
@@ -129,6 +129,17 @@ def examine(study: Study) -> list[Point]:
             "raise memory_limit, exclude layers, or sweep over smaller models"
         )
     return points
+
+
+def measured_bytes(sizes: Sequence[int], examples: int, queries: int, inverses: int) -> int:
+    """Bytes that a worker holds at most while it measures a point of layers of so many parameters, but for some MiB.
+
+    The eigenvectors of the Hessian, the GGN and its blocks; every example's gradient, and every query's twice; the scores of all rungs
+    under all inverses, and again where they are stacked or ranked.
+    """
+    total = sum(sizes)
+    vectors = 2 * total**2 + sum(size**2 for size in sizes)
+    return 8 * (vectors + (examples + 2 * queries) * total + 2 * len(RUNGS) * inverses * queries * examples)
 
 
 def _examined(study: Study, swept: dict[str, Any]) -> tuple[prepare.Request, prepare.Inputs, Any]:

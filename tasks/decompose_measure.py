@@ -24,7 +24,7 @@ from tasks.subject import Opened, open_subject
 from tasks.tensors import write_tensors
 from tda import location
 from tda.curvature.spectrum import Inverse, rounding
-from tda.decomposition import REFERENCES, RUNGS, Rung, compare, from_factors, from_spectra, shares_of_steps
+from tda.decomposition import REFERENCES, RUNGS, Rung, alike, compare, from_factors, from_spectra, shares_of_steps
 from tda.decomposition_layers import layer_errors, layer_masses, off_block_mass
 from tda.decomposition_scores import flat_gradients, ladder_scores
 from tda.evaluation.lds import spearman
@@ -35,16 +35,17 @@ DEFINITIONS = ("inverse", "product")
 
 
 def measure(job: PointJob) -> dict[str, Any]:
-    """Measure one point, unless that is done. Takes about three dense matrices of memory."""
+    """Measure one point, unless that is done. Takes `tasks.decompose.measured_bytes` of memory."""
     started = time.perf_counter()
     if not layout.is_complete(job.url):
         opened = open_subject(job.subject)
         rungs = load_ladder(job, opened)
-        found = _errors(rungs, job.parsed())
-        found |= _layers(rungs, job.parsed(), [block.size for block in opened.attributed.blocks])
+        inverses = inverses_of(job, rungs)
+        found = _errors(rungs, inverses)
+        found |= _layers(rungs, inverses, [block.size for block in opened.attributed.blocks])
         found |= _state(rungs[0], opened, job) | _agreement(rungs, opened, job)
         found["spectrum_curve"] = torch.stack([_curve(rung.values) for rung in rungs])
-        found["kept"] = torch.stack([torch.stack([(r.inverted(i) != 0).double().mean() for r in rungs]) for i in job.parsed()])
+        found["kept"] = torch.stack([torch.stack([(r.inverted(i) != 0).double().mean() for r in rungs]) for i in inverses])
         write_tensors(location.join(job.url, "numbers.safetensors"), found)
         storage.write_json(location.join(job.url, "complete.json"), {"arrays": sorted(found)})
     return {"seconds": time.perf_counter() - started}
@@ -56,6 +57,11 @@ def load_ladder(job: PointJob, opened: Opened) -> list[Rung]:
     dense = [from_spectra(name, blocks, load_spectra(found.url)) for name, found in zip(REFERENCES, job.spectra, strict=True)]
     factors = load_factors(job.factors.url, blocks)
     return [*dense, from_factors("ekfac", factors), from_factors("kfac", factors)]
+
+
+def inverses_of(job: PointJob, rungs: Sequence[Rung]) -> list[Inverse]:
+    """The inverses with the lambda and the threshold that they have for the Hessian: all rungs are inverted alike."""
+    return [alike(inverse, rungs[0]) for inverse in job.parsed()]
 
 
 def _errors(rungs: Sequence[Rung], inverses: Sequence[Inverse]) -> dict[str, Tensor]:
@@ -96,10 +102,12 @@ def _state(hessian: Rung, opened: Opened, job: PointJob) -> dict[str, Tensor]:
     """How well the model is trained: mean losses, the gradient that is left, and how indefinite the Hessian is."""
     attributed, loss = opened.attributed, opened.attributed.problem.likelihood.loss
     gradients, train = flat_gradients(attributed, opened.train, loss, batch_size=job.batch_size)
+    gradient = gradients.mean(0)
+    del gradients
     query = flat_gradients(attributed, opened.query, loss, batch_size=job.batch_size)[1]
     values = hessian.values
     negative = values[values < -rounding(values)].norm() / values.norm()
-    return {"mean_loss": torch.stack([train.mean(), query.mean()]), "gradient_norm": gradients.mean(0).norm(), "negative_mass": negative}
+    return {"mean_loss": torch.stack([train.mean(), query.mean()]), "gradient_norm": gradient.norm(), "negative_mass": negative}
 
 
 def _agreement(rungs: Sequence[Rung], opened: Opened, job: PointJob) -> dict[str, Tensor]:
@@ -114,7 +122,8 @@ def ladder_influence(rungs: Sequence[Rung], opened: Opened, job: PointJob) -> li
     attributed = opened.attributed
     train = flat_gradients(attributed, opened.train, attributed.problem.likelihood.loss, batch_size=job.batch_size)[0]
     queries = flat_gradients(attributed, opened.query, attributed.problem.measurement, batch_size=job.batch_size)[0]
-    return [ladder_scores(rung, job.parsed(), queries, train) for rung in rungs]
+    inverses = inverses_of(job, rungs)
+    return [ladder_scores(rung, inverses, queries, train) for rung in rungs]
 
 
 def _curve(values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tda.blocks import Block
 from tda.curvature.eigen import Factor, rotate
 from tda.curvature.inverse import spectrum
-from tda.curvature.spectrum import Inverse, Spectrum, inverse_values
+from tda.curvature.spectrum import Inverse, Spectrum, damping_of, inverse_values
 
 RungName = Literal["hessian", "ggn", "block_ggn", "ekfac", "kfac"]
 
@@ -59,12 +59,20 @@ class Piece:
         matrices = rows.view(len(rows), *self.vectors.kronecker.shape)
         return rotate(self.vectors, matrices).reshape(len(rows), -1)
 
+    def back(self, rows: Tensor) -> Tensor:
+        """Rows (m, n) of the eigenbasis in the coordinates again: rows V^T, (m, n)."""
+        if isinstance(self.vectors, Tensor):
+            return rows @ self.vectors.T
+        matrices = rows.view(len(rows), *self.vectors.kronecker.shape)
+        return rotate(self.vectors, matrices, back=True).reshape(len(rows), -1)
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start .. stop - 1 of V, counted in the coordinates of the whole: (stop - start, n)."""
         if isinstance(self.vectors, Tensor):
             return self.vectors[start - self.start : stop - self.start]
-        unit = torch.eye(len(self.values), dtype=self.values.dtype)
-        return self.rotated(unit[start - self.start : stop - self.start])
+        unit = torch.zeros(stop - start, len(self.values), dtype=self.values.dtype)
+        unit[:, start - self.start : stop - self.start].fill_diagonal_(1.0)
+        return self.rotated(unit)
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,19 @@ class Rung:
     def only(self, piece: int) -> Rung:
         """One diagonal block as a matrix of its own."""
         return replace(self, pieces=(replace(self.pieces[piece], start=0),))
+
+
+def alike(inverse: Inverse, reference: Rung) -> Inverse:
+    """An inverse whose lambda and threshold are numbers: those that it has for a reference of one piece, and so the same for every rung.
+
+    "heuristic" and `relative` go by the eigenvalues of what is inverted. Were they taken anew for every rung, and there for every layer,
+    then errors would be those of different dampings too, even between a block-diagonal matrix and itself.
+    """
+    (piece,) = reference.pieces
+    damping, pinv = damping_of(piece.values, inverse, psd=reference.psd), inverse.pinv
+    if pinv is not None and inverse.relative:
+        pinv = pinv * float(piece.values.abs().max()) or None  # nothing is below a share of 0
+    return replace(inverse, damping=damping, pinv=pinv, relative=False)
 
 
 def from_spectra(name: RungName, blocks: Sequence[Block], spectra: Sequence[Spectrum]) -> Rung:

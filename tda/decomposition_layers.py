@@ -1,15 +1,19 @@
-"""The ladder layer by layer: diagonal blocks of the rungs' inverses, and the mass of the blocks between layers."""
+"""The ladder layer by layer: diagonal blocks of the rungs' inverses, and the mass of the blocks between layers.
+
+No block is ever held: the matrices V diag(a) V^T are formed a few rows at a time, so that all this takes little more than the rungs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from tda import decomposition
 from tda.curvature.spectrum import Inverse
-from tda.decomposition import Rung
+from tda.decomposition import Piece, Rung
 
 
 def layer_errors(rungs: Sequence[Rung], references: int, edges: Sequence[int], inverse: Inverse) -> Tensor:
@@ -26,25 +30,27 @@ def layer_errors(rungs: Sequence[Rung], references: int, edges: Sequence[int], i
     """
     inverted = [rung.inverted(inverse) for rung in rungs]
     found = torch.full((references, len(rungs), len(edges) - 1), torch.nan, dtype=torch.float64)
-    for layer, (start, stop) in enumerate(pairwise(edges)):
-        blocks = [block_between(rung, values, (start, stop), (start, stop)) for rung, values in zip(rungs, inverted, strict=True)]
+    for layer, (first, last) in enumerate(pairwise(edges)):
+        squares, norms = torch.zeros(references, len(rungs), dtype=torch.float64), torch.zeros(references, dtype=torch.float64)
+        for start, stop in _chunks(first, last, edges[-1]):
+            rows = [_rows(rung, values, start, stop, (first, last)) for rung, values in zip(rungs, inverted, strict=True)]
+            for r in range(references):
+                norms[r] += rows[r].square().sum()
+                for k in range(r, len(rungs)):
+                    squares[r, k] += (rows[r] - rows[k]).square_().sum()
         for r in range(references):
-            norm = blocks[r].norm()
-            for k in range(r, len(rungs)):
-                found[r, k, layer] = (blocks[r] - blocks[k]).norm() / norm
+            found[r, r:, layer] = (squares[r, r:] / norms[r]).sqrt()
     return found
 
 
 def layer_masses(rung: Rung, edges: Sequence[int]) -> Tensor:
     """||M_lm||_F for every pair of layers, (layer, layer) float64."""
-    count, values = len(edges) - 1, rung.values
-    found = torch.zeros(count, count, dtype=torch.float64)
-    spans = list(pairwise(edges))
-    for row in range(count):
-        for column in range(row, count):
-            norm = block_between(rung, values, spans[row], spans[column]).norm()
-            found[row, column] = found[column, row] = norm
-    return found
+    found = torch.zeros(len(edges) - 1, len(edges) - 1, dtype=torch.float64)
+    for row, (first, last) in enumerate(pairwise(edges)):
+        for start, stop in _chunks(first, last, edges[-1]):
+            squares = _rows(rung, rung.values, start, stop, (0, edges[-1])).square_().sum(0)
+            found[row] += torch.stack([squares[a:b].sum() for a, b in pairwise(edges)])
+    return found.sqrt()
 
 
 def off_block_mass(masses: Tensor) -> float:
@@ -52,13 +58,26 @@ def off_block_mass(masses: Tensor) -> float:
     return float(masses.clone().fill_diagonal_(0.0).norm() / masses.norm())
 
 
-def block_between(rung: Rung, values: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """One block of V diag(values) V^T for values (D,), piece by piece: rows x columns; both lie within one piece, or the block is 0."""
-    for piece in rung.pieces:
-        if piece.start <= rows[0] and rows[1] <= piece.stop:
-            if not (piece.start <= columns[0] and columns[1] <= piece.stop):
-                break
-            left = piece.rows(*rows)
-            right = left if rows == columns else piece.rows(*columns)
-            return (left * values[piece.start : piece.stop]) @ right.T
-    return torch.zeros(rows[1] - rows[0], columns[1] - columns[0], dtype=torch.float64)
+def _chunks(first: int, last: int, width: int) -> Iterator[tuple[int, int]]:
+    """Rows first .. last - 1 of a matrix of so many columns in pieces of about CHUNK entries."""
+    step = max(1, decomposition.CHUNK // width)
+    for start in range(first, last, step):
+        yield start, min(start + step, last)
+
+
+def _rows(rung: Rung, values: Tensor, start: int, stop: int, columns: tuple[int, int]) -> Tensor:
+    """Rows start .. stop - 1 of V diag(values) V^T for values (D,), piece by piece, in some columns; the rows lie within one piece."""
+    found = torch.zeros(stop - start, columns[1] - columns[0], dtype=torch.float64)
+    piece = _around(rung, start, stop)
+    low, high = max(piece.start, columns[0]), min(piece.stop, columns[1])
+    if low < high:
+        scaled = piece.rows(start, stop) * values[piece.start : piece.stop]
+        if isinstance(piece.vectors, Tensor):
+            found[:, low - columns[0] : high - columns[0]] = scaled @ piece.rows(low, high).T
+        else:
+            found[:, low - columns[0] : high - columns[0]] = piece.back(scaled)[:, low - piece.start : high - piece.start]
+    return found
+
+
+def _around(rung: Rung, start: int, stop: int) -> Piece:
+    return next(piece for piece in rung.pieces if piece.start <= start and stop <= piece.stop)

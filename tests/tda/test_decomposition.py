@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tda
 from tda.blocks import to_matrix, to_parameters
 from tda.curvature.fit import fit_factors
 from tda.curvature.spectrum import Inverse, Spectrum, decompose
-from tda.decomposition import RUNGS, Piece, Rung, compare, from_factors, from_spectra, shares_of_steps, spectrum_overlap
+from tda.decomposition import RUNGS, Piece, Rung, alike, compare, from_factors, from_spectra, shares_of_steps, spectrum_overlap
 from tda.decomposition_layers import layer_errors, layer_masses, off_block_mass
+from tda.decomposition_scores import ladder_scores
 from tda.modules import inspect
 from tests.tda.pipeline import Given
 
@@ -208,6 +211,74 @@ def test_layer_errors_are_those_of_the_inverses_diagonal_blocks(ladder, inverse)
                 assert float(found[i, j, layer]) == pytest.approx(float((R - A).norm() / R.norm()), rel=1e-6, abs=1e-7)
         own = [compare(ladder.rungs["block_ggn"].only(layer), ladder.rungs[name].only(layer), [inverse]).inverse[0] for name in RUNGS[3:]]
         assert torch.allclose(found[2, 3:, layer], torch.stack(own)), "a block-diagonal matrix is inverted layer by layer"
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that was made, views of what was there left out."""
+
+    def __init__(self, there):
+        super().__init__()
+        self.there, self.most = {tensor.untyped_storage().data_ptr() for tensor in there}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.there:
+                self.most = max(self.most, tensor.numel())
+        return made
+
+
+def test_measuring_forms_no_further_matrix(ladder, monkeypatch):
+    monkeypatch.setattr("tda.decomposition.CHUNK", 64)
+    rungs = [ladder.rungs[name] for name in RUNGS]
+    count = ladder.edges[-1]
+    largest = max(block.size for block in ladder.blocks)
+    queries, train = torch.randn(2, count, dtype=torch.float64), torch.randn(200, count, dtype=torch.float64)
+    uses = {
+        "errors": lambda: [layer_errors(rungs, 3, ladder.edges, inverse) for inverse in INVERSES],
+        "masses": lambda: [layer_masses(rung, ladder.edges) for rung in rungs],
+        "compare": lambda: [compare(rungs[0], rung, INVERSES, SHARES) for rung in rungs],
+        "scores": lambda: [ladder_scores(rung, INVERSES[:1], queries, train) for rung in rungs],
+    }
+    for name, use in uses.items():
+        with Largest([piece.vectors for rung in rungs[:3] for piece in rung.pieces]) as seen:
+            use()
+        bound = 2 * len(train) if name == "scores" else 5 * count
+        assert 0 < seen.most <= bound < largest**2, name
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_scores_are_those_of_the_explicit_inverse_however_they_are_cut(ladder, name, monkeypatch):
+    monkeypatch.setattr("tda.decomposition.CHUNK", 150)
+    count = ladder.edges[-1]
+    queries, train = torch.randn(3, count, dtype=torch.float64), torch.randn(7, count, dtype=torch.float64)
+    found = ladder_scores(ladder.rungs[name], [DAMPED, ABSOLUTE], queries, train)
+    for k, inverse in enumerate((DAMPED, ABSOLUTE)):
+        assert torch.allclose(found[k], -queries @ ladder.inverses(inverse)[name] @ train.T / 7, rtol=1e-7, atol=1e-9)
+
+
+RELATIVE = Inverse(damping=0.0, pinv=1e-2, relative=True, negative="drop")
+
+
+@pytest.mark.parametrize("inverse", [HEURISTIC, RELATIVE], ids=["heuristic", "relative"])
+def test_a_block_diagonal_matrix_is_no_step_from_its_blocks_where_all_are_inverted_alike(inverse):
+    generator = torch.Generator().manual_seed(0)
+    roots = [torch.randn(n, n, dtype=torch.float64, generator=generator) for n in (3, 5)]
+    parts = [scale * root @ root.T for scale, root in zip((1.0, 100.0), roots, strict=True)]
+    whole = Rung("ggn", (Piece(0, *decompose(torch.block_diag(*parts))),), psd=True)
+    blocks = Rung("block_ggn", (Piece(0, *decompose(parts[0])), Piece(3, *decompose(parts[1]))), psd=True)
+    own, shared = (compare(whole, blocks, [each]) for each in (inverse, alike(inverse, whole)))
+    assert float(own.inverse) > 0.1, "each block by its own mean, or its own largest eigenvalue"
+    assert float(shared.inverse) < 1e-10
+    assert float(shared.product) < 1e-10
+
+
+@pytest.mark.parametrize("inverse", [*INVERSES, RELATIVE])
+def test_for_its_reference_an_inverse_made_alike_is_what_it_was(ladder, inverse):
+    hessian = ladder.rungs["hessian"]
+    fixed = alike(inverse, hessian)
+    assert torch.equal(hessian.inverted(fixed), hessian.inverted(inverse))
+    assert alike(fixed, ladder.rungs["ggn"]) == fixed
 
 
 @pytest.mark.parametrize("name", RUNGS)
