@@ -205,7 +205,7 @@ class _Cutter:
             subjects = (unrolled.averages[fit.segment],) if unrolled.averages else unrolled.checkpoints[fit.segment]
         if fit.kind == "projection":
             projection, common = Projection.named(fit.of, self.seed), self._common(subjects[0])
-            url = layout.artifact(store, "projections", fingerprint("projection", **asdict(projection), **common))
+            url = layout.artifact(store, "projections", fingerprint("projection", shard=self.shard, **asdict(projection), **common))
             return ProjectionJob(url, subjects[0], projection, examples, self.shard, self.batch)
         seed = self.seed if fit.of == "sampled" else 0
         common = self._common(subjects[0]) | ({"pooled": [s.weights for s in subjects]} if len(subjects) > 1 else {})

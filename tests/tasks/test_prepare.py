@@ -61,6 +61,8 @@ def test_a_method_that_changes_leaves_the_directions_of_the_others(tmp_path: Pat
         ('name = "ggn"', "methods.0.damping=0.5", True, False),
         ('name = "ggn"', 'methods.0.memory_limit="1GiB"', True, True),
         ('name = "ggn"', "shard_size=3", True, True),
+        ('name = "trak"\nprojection_dim = 4', "methods.0.damping=0.5", True, False),
+        ('name = "trak"\nprojection_dim = 4', "shard_size=3", False, False),
         ('name = "cg"\ndamping = 0.1', 'methods.0.fisher="exact"', True, True),
         ('name = "cg"\ndamping = 0.1', "methods.0.tolerance=0.01", True, False),
         ('name = "cg"\ndamping = 0.1', "seed=1", True, True),
