@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tasks.subject import Opened, Subject, forget, open_subject
-from tasks.training import segments_of
+from tasks.training import check_recipe, segments_of
 from tda.data import batches, digest, length
 from tda.directions import check_finite
 from tda.errors import InputError
@@ -94,6 +94,8 @@ def _examined(request: Request) -> Inputs:
         method.check(opened.attributed)
         if method.meets != "final" and subject.checkpoint:
             segments_of(method, subject.checkpoint)
+        elif method.meets != "final":
+            check_recipe(method, problem, length(opened.train, "train"))
     return Inputs(
         problem_digest(subject.problem, json.loads(subject.options)),
         found["train"][0],

@@ -9,10 +9,12 @@ complete.json                last
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
 import torch
+from torch import nn
 
 from infra import storage
 from tasks import layout
@@ -20,8 +22,11 @@ from tasks.subject import DTYPES, Subject, read_checkpoint
 from tda import checkpoint, location
 from tda.errors import InputError
 from tda.methods import Method
-from tda.problem import load_problem
+from tda.problem import Problem, load_problem
 from tda.trajectory import Recorder, Segment, Trajectory, cut
+
+#: The option by which a method says how many stretches it cuts a training into, where it is not `segments`.
+_OPTIONS = {"tracin": "checkpoints", "trak": "models"}
 
 
 def train(job: tuple[Subject, int, str]) -> dict[str, Any]:
@@ -85,8 +90,28 @@ def segments_of(method: Method, weights: str) -> tuple[Segment, ...]:
 
     Raises InputError where the training's checkpoints are not known, or too few.
     """
-    trajectory = read_trajectory(weights, method.name)
+    return _cut(method, read_trajectory(weights, method.name))
+
+
+def check_recipe(method: Method, problem: Problem, examples: int) -> None:
+    """InputError where a training by the problem's recipe reports too few checkpoints for a method; nothing is known of other fits."""
+    recipe = problem.recipe()
+    if recipe is None or type(problem).fit is not Problem.fit:
+        return
+    model, steps = nn.Linear(1, 1), -(-examples // recipe.batch_size)
+    recorder = Recorder(model, lambda _name, _data: None, lambda _name: None)
+    for epoch in range(1, recipe.epochs + 1):
+        recorder(model=model, learning_rate=recipe.learning_rate, step=epoch * steps, momentum=recipe.momentum)
+    trajectory = recorder.finish(model)
+    assert trajectory is not None
+    _cut(method, trajectory, f"; the recipe reports one after each of its {recipe.epochs} epochs")
+
+
+def _cut(method: Method, trajectory: Trajectory, told: str = "") -> tuple[Segment, ...]:
+    """The same; an error names the option that the method itself has for it."""
+    option = _OPTIONS.get(method.name, "segments")
     try:
         return cut(trajectory, method.segments, per_segment=method.per_segment)  # type: ignore[attr-defined]
     except InputError as error:
-        raise InputError(f"{method.title}: {error}") from error
+        said = re.sub(r"\bsegment(s?)\b", option.removesuffix("s") + r"\1", str(error))
+        raise InputError(f"{method.title}: {said}{told}") from error

@@ -2,18 +2,25 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tasks import training
+from flows.attribute import request_of
+from flows.config import load_config
+from tasks import prepare, training
 from tasks.subject import Subject, read_checkpoint
 from tda import location
 from tda.errors import InputError
+from tda.methods import parse_all
+from tda.methods.sweep import expand
+from tda.problem import load_problem
 from tests.flows.runs import PROBLEM, objects, write_config
 
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 SILENT = PROBLEM.replace("on_checkpoint(model=model, learning_rate=0.1, step=step)", "pass")
 MANY = '{"examples": 120}'
 
@@ -121,6 +128,34 @@ def _refused(weights: str) -> str:
         training.read_trajectory(weights)
     assert "\n" not in str(refused.value)
     return str(refused.value)
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("evaluate-*.toml")), ids=lambda file: file.stem)
+def test_every_example_of_an_evaluation_trains_for_as_many_checkpoints_as_its_methods_need(file: Path) -> None:
+    config = load_config(file)
+    problem = load_problem(config.problem, config.problem_options)
+    for method in parse_all([swept.table for swept in expand(config.methods)]):
+        if method.meets != "final":
+            training.check_recipe(method, problem, len(problem.train_data()))
+
+
+@pytest.mark.parametrize(
+    ("table", "epochs", "words"),
+    [
+        ({"name": "tracin"}, 4, "tracin: checkpoints = 5: .* at most 4 checkpoints, .*; the recipe reports one after each of its 4 epochs"),
+        ({"name": "trak", "models": 30}, 100, "trak: models = 30: of the training's 100 reports"),
+        ({"name": "fast_source"}, 2, "fast_source: segments = 3: .* at most 2 segments"),
+        ({"name": "tracin"}, 5, None),
+        ({"name": "trak"}, 1, None),
+    ],
+)
+def test_a_recipe_with_too_few_epochs_is_refused_before_it_trains(tmp_path: Path, table: dict, epochs: int, words: str | None) -> None:
+    text = 'problem = "tda.problems.diabetes:Diabetes"\n[problem_options]\n' + f"epochs = {epochs}\n[[methods]]\n"
+    text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+    request = request_of(load_config(write_config(tmp_path / "config", text), (), f"file://{tmp_path}/store"))
+    with pytest.raises(InputError, match=f"^{words}") if words else nullcontext():
+        prepare.examine(request)
+    assert not (tmp_path / "store").exists()
 
 
 def test_learning_rates_that_a_schedule_keeps_in_tensors_do_not_end_a_training(tmp_path: Path) -> None:
