@@ -104,7 +104,7 @@ def _arrays(job: Evaluation, known: Given, found: Found) -> dict[str, _Array]:
         arrays |= {"left_out": known.left_out, "effect": known.effects}
         arrays["leave_one_out"] = np.stack([each["leave_one_out"] for each in numbers])
         if known.effects.shape[1] > 1:
-            arrays["leave_one_out_ceiling"] = ceiling(known.effects, seed=job.told["seed"])
+            arrays["leave_one_out_ceiling"] = ceiling(known.effects, seed=job.told["seed"], paired=True)
     if "retrieval" in numbers[0]:
         arrays["retrieval"] = np.stack([each["retrieval"] for each in numbers])
     if known.wrong is not None:

@@ -118,12 +118,15 @@ def interval(draws: np.ndarray, estimate: float, level: float = 0.95) -> Interva
     return Interval(float(low), float(high), level)
 
 
-def ceiling(measurement: np.ndarray, *, splits: int = 100, seed: int = 0) -> np.ndarray:
+def ceiling(measurement: np.ndarray, *, splits: int = 100, seed: int = 0, paired: bool = False) -> np.ndarray:
     """Noise ceiling per query, (query,): the correlation of the mean over seeds with the mean over infinitely many.
 
     measurement (subset, seed, query). The seeds of each subset are split into halves at random, the halves' means rank-correlated over
     subsets and averaged over `splits`; Spearman-Brown's formula takes that from half the seeds to all, k r / (1 + (k - 1) r), and its
     square root is the ceiling. 0 where the halves do not correlate at all.
+
+    paired: whether rows of the same seed share noise, as differences from one model do. All rows are then split alike: what a seed adds to
+    every row moves no rank within a half, where split apart it would count as noise.
 
     Raises:
         InputError: fewer than 2 seeds.
@@ -135,7 +138,8 @@ def ceiling(measurement: np.ndarray, *, splits: int = 100, seed: int = 0) -> np.
     half, random = seeds // 2, np.random.Generator(np.random.Philox(seed))
     total = np.zeros(measurement.shape[2])
     for _ in range(splits):
-        order = random.permuted(np.tile(np.arange(seeds), (count, 1)), axis=1)[:, :, None]
+        each = np.tile(np.arange(seeds), (1 if paired else count, 1))
+        order = np.broadcast_to(random.permuted(each, axis=1), (count, seeds))[:, :, None]
         mixed = np.take_along_axis(measurement, order, 1)
         total += spearman(mixed[:, :half].mean(1).T, mixed[:, half : 2 * half].mean(1).T)
     reliability, k = np.maximum(total / splits, 0.0), seeds / half

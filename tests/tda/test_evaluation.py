@@ -97,6 +97,16 @@ def test_the_ceiling_is_the_correlation_of_the_mean_with_the_truth(seeds, noise)
     assert ceiling(measured, splits=20).mean() == pytest.approx(wanted.mean(), abs=0.035)  # Spearman-Brown is exact for Pearson's
 
 
+@pytest.mark.parametrize("shared", [0.0, 1.0, 5.0])
+def test_the_ceiling_of_paired_effects_is_not_lowered_by_what_a_seed_adds_to_all_of_them(shared):
+    random = np.random.default_rng(6)
+    true = random.normal(size=(300, 1, 20))
+    measured = true + random.normal(size=(300, 6, 20)) + shared * random.normal(size=(1, 6, 20))
+    wanted = spearman(measured.mean(1).T, true[:, 0].T).mean()
+    assert ceiling(measured, splits=20, paired=True).mean() == pytest.approx(wanted, abs=0.035)
+    assert shared < 5 or ceiling(measured, splits=20).mean() < wanted - 0.1, "split apart it counts as noise"
+
+
 def test_a_query_without_any_signal_has_no_ceiling():
     measured = np.random.default_rng(5).normal(size=(500, 4, 50))
     assert ceiling(measured, splits=20).mean() < 0.2
