@@ -196,10 +196,11 @@ def _randomised(config: RunConfig, ready: _Ready, job: Evaluation, chosen: Seque
     if not kept:
         return None
     options = json.dumps(config.problem_options, sort_keys=True)
-    mark = fingerprint("untrained", problem=ready.inputs.problem, train=ready.inputs.train, dtype=config.dtype, seed=config.seed)
+    seed = -1 - config.seed  # below 0, and so no member's: what a member started from resembles it
+    mark = fingerprint("untrained", problem=ready.inputs.problem, train=ready.inputs.train, dtype=config.dtype, seed=seed)
     store = layout.artifact(ready.request.store, "untrained", mark)
     weights = location.join(store, "weights.safetensors")
-    evaluate_removal.write_untrained((config.problem, options, config.dtype, config.seed + 1, weights))
+    evaluate_removal.write_untrained((config.problem, options, config.dtype, seed, weights))
     changes = {"store": store, "checkpoint": weights, "ensemble": 1, "self_influence": False, "methods": kept, "evaluation": None}
     other = config.model_copy(update=changes)
     try:
@@ -207,6 +208,8 @@ def _randomised(config: RunConfig, ready: _Ready, job: Evaluation, chosen: Seque
         with attribute.given(attribute.Prepared(time.perf_counter(), inputs, ready.client)):
             done = attribute.attribute(other.model_dump(mode="json"), reuse=True)
     except (InputError, ShardFailed) as error:
+        if isinstance(error, ShardFailed) and not isinstance(error.cause, InputError):
+            raise  # may be gone at the next try, where a note would be for good
         notes.append(f"the check against an untrained model was left out: {error}")
         return None
     return evaluate_removal.randomised(job, Run(done.run_url, location.read_json(location.join(done.run_url, "run.json"))))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,12 @@ class Evaluation:
 def plan(run: Run, truth: str, alone: str, families: Sequence[str], options: str) -> Evaluation:
     """The evaluation with its place in the run."""
     names = [url.rpartition("/")[2] for url in (truth, alone)]
-    mark = fingerprint("evaluation", run=run.id, truth=names, families=list(families), options=json.loads(options), version=tda.__version__)
+    config = run.manifest["config"]
+    wrong = wrong_labels(load_problem(config["problem"], config["problem_options"]), run.influence.shape[2])
+    asked = {"run": run.id, "truth": names, "families": list(families), "options": json.loads(options), "version": tda.__version__}
+    # The run does not depend on which labels are wrong, and a problem may read that from a file.
+    asked |= {"wrong": "" if wrong is None else sha256(np.packbits(wrong).tobytes()).hexdigest()}
+    mark = fingerprint("evaluation", **asked)
     return Evaluation(location.join(run.url, "evaluation", mark), run.url, truth, alone, tuple(families), options)
 
 

@@ -4,19 +4,26 @@ import csv
 import random
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import tda
 from flows import cli, league
+from flows import evaluate as flow
 from flows.config import load_config
 from flows.evaluate import evaluate_run
-from tda import location, schema
+from infra.cluster import ShardFailed
+from tasks import evaluate as measuring
+from tda import checkpoint, location, schema
 from tda.errors import InputError
 from tda.evaluation.lds import lds
 from tda.evaluation.subsets import tuning
+from tda.problem import load_problem
 from tests.flows.runs import attribute, command, finished, left_behind, objects, write_config
 
 # 30 examples in three classes, 8 queries, trained in milliseconds and many at once; a fifth of the labels is wrong.
@@ -313,6 +320,47 @@ def test_a_measurement_that_is_not_finite_after_retraining_is_named(tmp_path, cl
         evaluated(file, f"file://{tmp_path}/store", cluster)
     assert "\n" not in str(error.value)
     assert "what is finished is kept in" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (InputError("the loss is nan"), True),
+        (ShardFailed("score", 3, InputError("the loss is nan")), True),
+        (ShardFailed("score", 3, OSError("the network is down")), False),
+    ],
+)
+def test_the_untrained_model_is_left_out_for_good_only_where_it_cannot_be_scored(config, tmp_path, monkeypatch, error, kept) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(flow.attribute, "examine", lambda _: None)
+    monkeypatch.setattr(flow.attribute, "attribute", fails)
+    ready = SimpleNamespace(
+        inputs=SimpleNamespace(problem="p", train="t"), request=SimpleNamespace(store=f"file://{tmp_path}"), client=None
+    )
+    notes: list[str] = []
+    with nullcontext() if kept else pytest.raises(ShardFailed, match="the network is down"):
+        assert flow._randomised(load_config(config), ready, None, [0], notes) is None
+    assert [("the loss is nan" in note) for note in notes] == [True] * kept
+    (weights,) = tmp_path.rglob("weights.safetensors")
+    for member in (0, 1):
+        torch.manual_seed(member)
+        model = load_problem(load_config(config).problem, {}).model()
+        assert checkpoint.digest(checkpoint.parse(weights.read_bytes(), "")) != checkpoint.digest(dict(model.state_dict()))
+
+
+def test_other_wrong_labels_are_another_evaluation(tmp_path) -> None:
+    file = write_config(
+        tmp_path, CONFIG, PROBLEM.replace("trap=''", "trap='', wrong=5").replace("% 5 == 0\n    def model", "% wrong == 0\n    def model")
+    )
+    marks = []
+    for wrong in (5, 6, 5, 1):
+        told = {"config": {"problem": load_config(file).problem, "problem_options": {"wrong": wrong}}}
+        run = SimpleNamespace(id="run", url="file:///store/runs/run", manifest=told, influence=np.zeros((1, 1, 30)))
+        marks.append(measuring.plan(run, "truth", "", ["graddot"], "{}").url)
+    assert marks[0] == marks[2]
+    assert len(set(marks)) == 3
 
 
 def test_the_docs_describe_every_metric_and_key() -> None:
