@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tasks import layout, plan, prepare
-from tasks.dense import DenseJob
+from tasks.dense import CHUNK, DenseJob
 from tasks.factors import FactorJob
 from tasks.subject import Subject, open_subject
 from tasks.training import read_trajectory
@@ -28,6 +28,8 @@ from tda.fingerprint import fingerprint
 VERSION = 2
 #: How far the checkpoint that stands for a share of the training may lie from it, as a share of the training.
 NEAR = 0.05
+#: Chunks that zarr reads at a time.
+READ = 10
 #: Shares of the eigenvectors whose overlap is measured.
 TOPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _METHODS = tuple(json.dumps({"name": name, "memory_limit": "1024TiB"}) for name in REFERENCES)
@@ -134,11 +136,12 @@ def examine(study: Study) -> list[Point]:
 def measured_bytes(sizes: Sequence[int], examples: int, queries: int, inverses: int) -> int:
     """Bytes that a worker holds at most while it measures a point of layers of so many parameters, but for some MiB.
 
-    The eigenvectors of the Hessian, the GGN and its blocks; every example's gradient, and every query's twice; the scores of all rungs
-    under all inverses, and again where they are stacked or ranked.
+    The eigenvectors of the Hessian, the GGN and its blocks, and the chunks that are being read, as stored, decoded and not yet given
+    back; every example's gradient, and every query's twice; the scores of all rungs under all inverses, and again where they are stacked
+    or ranked.
     """
     total = sum(sizes)
-    vectors = 2 * total**2 + sum(size**2 for size in sizes)
+    vectors = 2 * total**2 + sum(size**2 for size in sizes) + 3 * min(total**2, READ * CHUNK**2)
     return 8 * (vectors + (examples + 2 * queries) * total + 2 * len(RUNGS) * inverses * queries * examples)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from scipy.stats import spearmanr
 
 import tda
@@ -99,8 +100,18 @@ def test_points_are_all_combinations_and_too_large_ones_are_refused_with_their_b
     assert [json.loads(point.swept) for point in points] == [{"width": w, "epochs": e} for w in (3, 4, 40) for e in (1, 3)]
     assert [point.parameters for point in points] == 2 * [33] + 2 * [43] + 2 * [403]
     assert [bool(point.refused) for point in points] == 4 * [False] + 2 * [True]
-    assert points[-1].bytes == 4 * 8 * 403**2
-    assert points[-1].refused == "takes 4.96 MiB, memory_limit is 0.477 MiB"
+    assert points[-1].bytes == decompose.measured_bytes((280, 123), 23, 5, 2)
+    assert points[-1].refused == "takes 7.03 MiB, memory_limit is 0.477 MiB"
+
+
+def test_the_memory_is_that_of_decomposing_or_of_measuring_whichever_is_more() -> None:
+    def matrices(layers: tuple[int, ...], examples: int) -> float:
+        return decompose.measured_bytes(layers, examples, 100, 2) / (8 * sum(layers) ** 2)
+
+    assert 5.7 < matrices((4160, 650), 10) < 5.9, "of some thousand parameters, reading the chunks takes as much as what is read"
+    assert 3 < matrices((30_000,), 1000) < 4, "of very many, decomposing takes more: four"
+    assert matrices((1000,), 50_000) > 50, "of many examples, their gradients"
+    assert zarr.config.get("async.concurrency") == decompose.READ
 
 
 def test_a_study_of_nothing_but_too_large_points_is_refused(study: Study) -> None:
@@ -286,7 +297,7 @@ def test_the_page_names_points_claims_and_what_was_left_out(opened) -> None:
     html = page(opened).decode()
     assert html.count("<figure") > 10
     for text in (
-        "width 40 · epochs 1 (403 parameters takes 4.96 MiB",
+        "width 40 · epochs 1 (403 parameters takes 7.03 MiB",
         "the Kronecker steps carry about 60% of the error",
         "width 3 · epochs 3",
     ):
