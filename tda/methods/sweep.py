@@ -21,17 +21,19 @@ def expand(tables: Sequence[dict[str, Any]]) -> list[Swept]:
     """Every table with damping = [a, b] as two, labelled "<label>-<a>" and "<label>-<b>"; the others as they are.
 
     Raises:
-        InputError: a list of dampings is empty, or names one twice.
+        InputError: a list of dampings is empty, or names one twice; a sweep has the label of another table.
     """
-    found = []
-    for table in tables:
-        title, values = str(table.get("label") or table.get("name")), table.get("damping")
+    found, titles = [], [str(table.get("label") or table.get("name")) for table in tables]
+    for title, table in zip(titles, tables, strict=True):
+        values = table.get("damping")
         if not isinstance(values, list):
             found.append(Swept(table, title))
             continue
         if not values or len({_named(value) for value in values}) < len(values):
             what = "names none" if not values else "names a value twice"
             raise InputError(f"damping = {values} {what}; list different numbers, or give one number (method {table.get('name')!r})")
+        if titles.count(title) > 1:
+            raise InputError(f'damping = {values}: another method is labelled {title!r}, too; give one of them its own label = "..."')
         found += [Swept({**table, "label": f"{title}-{_named(value)}", "damping": value}, title) for value in values]
     return found
 

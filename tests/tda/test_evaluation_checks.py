@@ -118,6 +118,8 @@ def test_a_list_of_dampings_is_one_method_each():
         (lambda: left_out(10, 11, 0), r"leave_one_out = 11 of 10 training examples: it must be from 3 to 10"),
         (lambda: expand([{"name": "ekfac", "damping": []}]), r"damping = \[\] names none"),
         (lambda: expand([{"name": "ekfac", "damping": [1e-3, 0.001]}]), r"names a value twice"),
+        (lambda: expand([{"name": "ekfac", "damping": 1.0}, {"name": "ekfac", "damping": [0.1]}]), r"method is labelled 'ekfac', too"),
+        (lambda: expand([{"name": "kfac", "label": "ekfac", "damping": [1]}, {"name": "ekfac", "damping": [0.1, 1]}]), r"its own label ="),
     ],
 )
 def test_what_cannot_be_split_left_out_or_swept_is_refused_in_one_line(call, message):
