@@ -72,7 +72,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
 
 SHOWN = {
     "run_id", "complete", "created", "problem", "methods", "shape", "measurement", "sign", "units", "coverage", "reused", "seeds", "noise",
-    "versions", "notes", "damping", "timings", "separable_errors", "solves", "segments",
+    "versions", "notes", "damping", "timings", "separable_errors", "solves", "segments", "members",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def compute_seconds(run: Run) -> np.ndarray[Any, Any]:
     """(method,) seconds over all models of an ensemble; NaN where an artifact does not say what it took."""
     methods = parse_all([swept.table for swept in expand(run.manifest["config"]["methods"])])
     prints = run.manifest["fingerprints"]
-    members = prints.get("members", [prints])
+    members = run.manifest.get("members", [prints])
     total = np.zeros(len(methods))
     for member in members:
         for m, method in enumerate(methods):

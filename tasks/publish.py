@@ -41,6 +41,7 @@ def first_manifest(plan: Plan, run_id: str, created: str, config: dict[str, Any]
         "shape": {"train": plan.inputs.examples, "query": plan.inputs.queries},
         "coverage": coverage(open_subject(plan.first.subject).attributed),
         **stated(plan),
+        **({"members": [member.fingerprints() for member in plan.members]} if len(plan.members) > 1 else {}),
         "noise": noise(plan),
         "notes": notes(plan),
     }

@@ -54,7 +54,7 @@ def test_every_baseline_scores_every_pair(run: Run) -> None:
 def test_members_draw_their_own_projections_and_share_what_is_retrained(run: Run) -> None:
     members = [run.member(m).sel(method="dtda").to_numpy() for m in range(2)]
     assert np.array_equal(*members)
-    prints = [member["projections"]["16"] for member in run.manifest["fingerprints"]["members"]]
+    prints = [member["projections"]["16"] for member in run.manifest["members"]]
     assert prints[0] != prints[1]
 
 

@@ -12,8 +12,8 @@ sizes = st.integers(1, 5000)
 
 
 def job(**numbers: Any) -> ScoreJob:
-    rest = {"batch_size": 1, "scoring_batch": 1, "products": "full", "self_influence": True, "methods": ()}
-    return ScoreJob(subject=None, directions="", results="", receipts="", **rest, **numbers)  # type: ignore[arg-type]
+    rest = {"scoring_batch": 1, "products": "full", "self_influence": True, "methods": ()}
+    return ScoreJob(subject=None, results="", receipts="", **rest, **numbers)  # type: ignore[arg-type]
 
 
 def test_a_million_examples_and_ten_thousand_queries_are_stored_in_chunks_that_a_row_does_not_regret() -> None:
