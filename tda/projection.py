@@ -60,19 +60,34 @@ class Projection:
 
 def project_examples(projection: Projection, blocks: Sequence[Block], pairs: Iterable[Sequence[Pair]], batch: int) -> list[Tensor]:
     """Features (batch, k) of a batch of gradients for each part; pairs: of every block in order, which may be a generator."""
-    parts, found = projection.parts(blocks), dict[int, Tensor]()
-    kinds = {b: projection.kind(blocks, part) for part in parts for b in part}
-    for b, (block, each) in enumerate(zip(blocks, pairs, strict=True)):
-        if each and kinds[b] == "outer":
-            signs = _signs(projection, b, block, each[0].left.dtype)
-            step = _step(block.groups * max(pair.positions for pair in each) * projection.dim)
-            some = [[part_of(pair, k, k + step) for pair in each] for k in range(0, batch, step)]
-            found[b] = torch.cat([torch.stack([_outer_rows(signs, pair) for pair in p]).sum(0) for p in some])
-        elif each:
-            step = _step(block.size)
-            some = [[part_of(pair, k, k + step) for pair in each] for k in range(0, batch, step)]
-            found[b] = torch.cat([_flat_rows(projection, b, block, kinds[b], example_gradients(block, p).flatten(1)) for p in some])
-    return [_joined(projection, blocks, part, found, batch) for part in parts]
+    found: dict[int, Tensor] = {}
+    for b, each in enumerate(pairs):
+        if each:
+            add_block(projection, blocks, b, each, found)
+    return features_of(projection, blocks, found, batch)
+
+
+def add_block(projection: Projection, blocks: Sequence[Block], b: int, pairs: Sequence[Pair], found: dict[int, Tensor]) -> None:
+    """Project a batch's gradients of block number b, and add them to what the blocks before it gave: see `features_of`."""
+    block, batch = blocks[b], pairs[0].left.shape[1]
+    part = next(part for part in projection.parts(blocks) if b in part)
+    kind = projection.kind(blocks, part)
+    if kind == "outer":
+        signs = _signs(projection, b, block, pairs[0].left.dtype)
+        step = _step(block.groups * max(pair.positions for pair in pairs) * projection.dim)
+        some = [[part_of(pair, k, k + step) for pair in pairs] for k in range(0, batch, step)]
+        rows = torch.cat([torch.stack([_outer_rows(signs, pair) for pair in p]).sum(0) for p in some])
+    else:
+        step = _step(block.size)
+        some = [[part_of(pair, k, k + step) for pair in pairs] for k in range(0, batch, step)]
+        rows = torch.cat([_flat_rows(projection, b, block, kind, example_gradients(block, p).flatten(1)) for p in some])
+    place = b if kind == "none" else part[0]  # sums of a part lie under its first block
+    found[place] = found[place] + rows if place in found else rows
+
+
+def features_of(projection: Projection, blocks: Sequence[Block], found: dict[int, Tensor], batch: int) -> list[Tensor]:
+    """Features (batch, k) of each part, from what `add_block` found for all blocks."""
+    return [_joined(projection, blocks, part, found, batch) for part in projection.parts(blocks)]
 
 
 def project(projection: Projection, blocks: Sequence[Block], gradients: Sequence[Direction]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from tda.capture import Tape
 from tda.data import batches
 from tda.directions import Dense, Direction, check_finite, inner, scaled
 from tda.products import Products, fast_float32
+from tda.projection import Projection, add_block, features_of
 from tda.self_products import (
     GRADIENT_BYTES,
     Kronecker,
@@ -25,6 +26,7 @@ from tda.self_products import (
     block_products,
     gradient_squares,
     part_of,
+    projected_products,
     whole_products,
 )
 
@@ -110,8 +112,9 @@ def _score_batch(
     own = loss.new_zeros(len(scorers), len(ids))
     norms = torch.zeros(len(ids), dtype=torch.float64)
     mass = torch.zeros(len(scorers), len(attributed.blocks), dtype=torch.float64)
-    whole = selves and any(isinstance(s.own, WholeSpectra | Projected) for s in scorers)
+    whole = selves and any(isinstance(s.own, WholeSpectra) for s in scorers)
     kept = [loss.new_zeros(len(ids), block.size) for block in attributed.blocks] if whole else None
+    projected: dict[Projection, dict[int, Tensor]] = {s.own.projection: {} for s in scorers if selves and isinstance(s.own, Projected)}
     if not scorers:
         return ShardScores(influence, own if selves else None, loss, mass)
     made = _score_directly(attributed, scorers, tape, ids, influence)
@@ -128,14 +131,25 @@ def _score_batch(
             norms += gradient_squares(block, pairs)
         if kept is not None:
             kept[b] = example_gradients(block, pairs).flatten(1)
+        for projection, sums in projected.items():
+            add_block(projection, attributed.blocks, b, pairs, sums)
+    features = {projection: features_of(projection, attributed.blocks, sums, len(ids)) for projection, sums in projected.items()}
     for m, scorer in enumerate(scorers):
-        if kept is not None and isinstance(scorer.own, WholeSpectra | Projected):
-            own[m] = whole_products(scorer.own, kept)
+        if selves and isinstance(scorer.own, WholeSpectra | Projected):
+            own[m] = _across_blocks(scorer.own, kept, features)
         _to_unit(scorer, influence[m], own[m], norms, examples)
         check_finite(influence[m].abs().sum(0) + own[m], ids, f"{scorer.title} score (the gradient) of train example")
         if scorer.own is None:
             own[m] = torch.nan
     return ShardScores(influence, own if selves else None, loss, mass)
+
+
+def _across_blocks(own: WholeSpectra | Projected, kept: list[Tensor] | None, features: dict[Projection, list[Tensor]]) -> Tensor:
+    """Self-influence (batch,) that is no sum over blocks, from all of their gradients or from their projections."""
+    if isinstance(own, Projected):
+        return projected_products(own, features[own.projection])
+    assert kept is not None
+    return whole_products(own, kept)
 
 
 def _score_directly(

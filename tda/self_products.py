@@ -50,7 +50,6 @@ class Projected:
     """g^T P^T C^-1 P g with a curvature C of projected gradients: its spectra, and the inverse eigenvalues (k,) of each."""
 
     projection: Projection
-    blocks: Sequence[Block]
     spectra: Sequence[Spectrum]
     inverses: Sequence[Tensor]
 
@@ -72,26 +71,20 @@ def block_products(own: Plain | Kronecker, b: int, block: Block, pairs: Sequence
     return torch.cat([(g.square() * inverse).flatten(1).sum(1) for g in rotated_gradients(block, factor, pairs, products)])
 
 
-def whole_products(own: WholeSpectra | Projected, gradients: Sequence[Tensor]) -> Tensor:
+def whole_products(own: WholeSpectra, gradients: Sequence[Tensor]) -> Tensor:
     """g^T C^-1 g for a batch, (batch,), from its gradients (batch, size) of every block."""
-    total = torch.zeros(len(gradients[0]), dtype=torch.float64)
-    for rows, spectrum, inverse in zip(_coordinates(own, gradients), own.spectra, own.inverses, strict=True):
+    return projected_products(own, [torch.cat([gradients[b].double() for b in spectrum.blocks], 1) for spectrum in own.spectra])
+
+
+def projected_products(own: WholeSpectra | Projected, coordinates: Sequence[Tensor]) -> Tensor:
+    """The same, from the gradients in the coordinates of each spectrum, (batch, k)."""
+    total = torch.zeros(len(coordinates[0]), dtype=torch.float64)
+    for rows, spectrum, inverse in zip(coordinates, own.spectra, own.inverses, strict=True):
         step = max(1, GRADIENT_BYTES // (8 * len(inverse)))
         for start in range(0, len(total), step):
             some = slice(start, start + step)
             total[some] += (rows[some].double() @ spectrum.vectors).square() @ inverse
     return total
-
-
-def _coordinates(own: WholeSpectra | Projected, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """A batch's gradients in the coordinates of each spectrum."""
-    if isinstance(own, WholeSpectra):
-        return [torch.cat([gradients[b].double() for b in spectrum.blocks], 1) for spectrum in own.spectra]
-    from tda.directions import Dense  # both import this module
-    from tda.projection import project
-
-    shaped = zip(own.blocks, gradients, strict=True)
-    return project(own.projection, own.blocks, [Dense(rows.view(-1, block.groups, block.out, block.in_)) for block, rows in shaped])
 
 
 def gradient_squares(block: Block, pairs: Sequence[Pair]) -> Tensor:

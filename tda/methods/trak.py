@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from tda.attributed import Attributed
+from tda.blocks import Block
 from tda.curvature.spectrum import Inverse, Spectrum, damping_of, inverse_values
 from tda.data import batches
 from tda.directions import Dense, Direction
 from tda.errors import InputError
+from tda.flat import total
 from tda.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, TokenCategorical
 from tda.measurements import margin
 from tda.methods.method import Method
 from tda.methods.options import SaneDamping
+from tda.methods.spectral import parse_bytes
 from tda.methods.work import Fit, Made, Work
 from tda.products import fast_float32
 from tda.projection import Projection, lift, project, project_examples
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 OutputFunction = Callable[[Tensor, Tensor], Tensor]
 
 
+def _size(value: object) -> object:
+    parse_bytes(value)
+    return value
+
+
 class Trak(Method):
     """influence[q, i] = -(1/N) phi_q^T (C + lambda I)^-1 P grad l_i, C = (1/N) sum_i phi_i phi_i^T, phi_i = P grad m_i, phi_q = P grad f_q.
 
@@ -38,7 +46,8 @@ class Trak(Method):
     projection_dim: rows of P; where the model has no more parameters nothing is projected. scope: "global", one projection and one C of
     all layers; "layer", of each by itself. damping: lambda, or "heuristic": 0.1 x the mean eigenvalue of C; the paper's is 0, which
     is the pseudo-inverse here. models: checkpoints of the training, from middles of stretches of equal length, whose scores are averaged;
-    1: the final one alone. Independently trained models are averaged by the run's `ensemble`.
+    1: the final one alone. Independently trained models are averaged by the run's `ensemble`. memory_limit: what the matrices of C may
+    take; above, the run is refused before it starts.
     """
 
     name: Literal["trak"] = "trak"
@@ -46,6 +55,7 @@ class Trak(Method):
     scope: Literal["global", "layer"] = "global"
     damping: SaneDamping = "heuristic"
     models: int = Field(default=1, ge=1)
+    memory_limit: Annotated[int | str, BeforeValidator(_size)] = "8GiB"
     stochastic: ClassVar[bool] = True
     noise: ClassVar[str] = "the random projection of the gradients, keyed by the run's seed"
     per_segment: ClassVar[int] = 1
@@ -84,6 +94,21 @@ class Trak(Method):
     def _projection(self, seed: int) -> Projection:
         return Projection(self.projection_dim, seed, self.scope == "layer")
 
+    def determining(self) -> dict[str, Any]:
+        """All options but the memory limit, which decides only whether the run starts."""
+        return {name: value for name, value in super().determining().items() if name != "memory_limit"}
+
+    def check_size(self, blocks: Sequence[Block]) -> None:
+        """InputError where C would take more than memory_limit: decomposing the largest takes four matrices, using them one each."""
+        parts = self._projection(0).parts(blocks)
+        sizes = [8 * min(self.projection_dim, total([blocks[b] for b in part])) ** 2 for part in parts]
+        needed, limit = max(4 * max(sizes), sum(sizes) + max(sizes)), parse_bytes(self.memory_limit)
+        if needed > limit:
+            raise InputError(
+                f"{self.title}: projection_dim = {self.projection_dim} takes {needed / 2**30:.3g} GiB in dense matrices, above "
+                f"memory_limit = {limit / 2**30:.3g} GiB; raise it, or project to fewer dimensions"
+            )
+
     def check(self, attributed: Attributed) -> None:
         """InputError where the likelihood has no output function."""
         super().check(attributed)
@@ -115,9 +140,9 @@ class Trak(Method):
 
     def owns(self, attributed: Attributed, curvature: Sequence[Any], segments: Sequence[Segment], seed: int) -> Sequence[Own | None]:
         """(P g)^T (C + lambda I)^-1 P g at each checkpoint."""
-        del segments
+        del attributed, segments
         projection = self._projection(seed)
-        return [Projected(projection, attributed.blocks, spectra, self._inverses(spectra)) for spectra in curvature]
+        return [Projected(projection, spectra, self._inverses(spectra)) for spectra in curvature]
 
     def damping_of(self, curvature: Sequence[Any]) -> list[float] | float:
         """lambda, of every layer where each has its own; the mean over models."""

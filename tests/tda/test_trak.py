@@ -1,12 +1,14 @@
 """TRAK against its published formula, computed densely; its projections against the definition of one."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tda import Bernoulli, Categorical, Gaussian, InputError, TokenCategorical
+from tda import Bernoulli, Categorical, Gaussian, InputError, TokenCategorical, scoring, self_products
 from tda import projection as module
 from tda.blocks import to_matrix
 from tda.curvature.spectrum import Spectrum, decompose
@@ -17,6 +19,7 @@ from tda.methods.trak import gram_sums, output_function
 from tda.methods.work import Work
 from tda.modules import inspect
 from tda.projection import Projection, lift, project, project_examples
+from tda.scoring import Scorer, score
 from tests.tda.pipeline import Given, relative
 
 TRAIN, QUERIES, CLASSES = 30, 4, 3
@@ -183,3 +186,51 @@ def test_a_likelihood_without_an_output_function_is_refused(problem):
     attributed = inspect(problem, problem.given, problem.train)
     with pytest.raises(InputError, match="trak knows no output function of the likelihood object"):
         parse({"name": "trak"}).check(replace(attributed, problem=Given(problem.given, object(), problem.train)))
+
+
+@pytest.mark.parametrize(
+    ("dim", "scope", "limit", "refused"),
+    [(40_000, "global", "8GiB", False), (20, "global", 12_800, False), (20, "global", 12_799, True), (20, "layer", 12_799, True)],
+)
+def test_curvature_that_takes_too_much_memory_is_refused(problem, dim, scope, limit, refused):
+    attributed = inspect(problem, problem.given, problem.train)
+    method = parse({"name": "trak", "projection_dim": dim, "scope": scope, "memory_limit": limit})
+    with pytest.raises(InputError, match=rf"^trak: projection_dim = {dim} takes .* above memory_limit") if refused else nullcontext():
+        method.check(attributed)
+    assert "memory_limit" not in method.determining()
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor has that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else [made]:
+            self.numbers = max(self.numbers, one.numel() if torch.is_tensor(one) else 0)
+        return made
+
+
+@pytest.mark.parametrize("limit", [1 << 26, 0])
+def test_self_influence_is_that_of_projected_gradients_and_keeps_none_of_a_whole_batch(limit, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 2)).double()
+    examples = list(zip(torch.randn(24, 60).double(), torch.randint(2, (24,)), strict=True))
+    given = Given(model, Categorical(), examples, examples)
+    monkeypatch.setattr(module, "DENSE", limit)
+    for other in (module, scoring, self_products):
+        monkeypatch.setattr(other, "GRADIENT_BYTES", 8 * 60 * 50)
+    attributed, projection = inspect(given, model, examples), Projection(4, 0)
+    method, kept = parse({"name": "trak", "projection_dim": 4, "damping": 1e-3}), [spectra(attributed, examples, projection)]
+    directions = [Dense(m) for m in unflatten(attributed.blocks, torch.ones(1, 3152, dtype=torch.float64))]
+    (own,) = method.owns(attributed, kept, (), 0)
+    scorer = Scorer("trak", directions, torch.ones(1), own)
+    with Largest() as largest:
+        found = score(attributed, [scorer], examples, range(24), examples=24, batch_size=24)
+    assert largest.numbers < 5 * 3050, "24 gradients of 3152 numbers would be in memory at once"
+    (P,) = matrices(projection, attributed)
+    functions = (log_odds, lambda o, y: nn.functional.cross_entropy(o, y, reduction="none"))
+    phi, psi = (jacobian(attributed, examples, function) @ P.T for function in functions)
+    inverse = torch.linalg.inv(phi.T @ phi / 24 + 1e-3 * torch.eye(4, dtype=torch.float64))
+    assert relative(found.self_influence[0], -((psi @ inverse) * psi).sum(1) / 24) < 1e-9
