@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ _Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Mark:
-    """One value: its place in the chart, and what it says when it is pointed at."""
+    """One value: its place in the chart, what it says when it is pointed at, and the heights of the ends of its interval, if any."""
 
     x: float
     y: float
     told: str
+    ends: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,23 +69,45 @@ class _Axis:
         return self.start + (self.stop - self.start) * (at - low) / (high - low)
 
 
-def ladder_chart(title: str, series: Mapping[str, _Array], rungs: Sequence[str], limits: tuple[float, float]) -> Chart:
+@dataclass(frozen=True)
+class Series:
+    """Values (n,) of one line and the number of its colour; bounds (n, 2) of each value and a level that none can pass, if known."""
+
+    values: _Array
+    colour: int
+    bounds: _Array | None = None
+    ceiling: float = math.nan
+
+
+def ladder_chart(title: str, series: Mapping[str, Series], rungs: Sequence[str], limits: tuple[float, float]) -> Chart:
     """Series over the rungs, on one linear axis that holds `limits`, so that charts side by side can be compared."""
     low, high = limits
     y = _Axis(low, high if high > low else low + 1, HEIGHT - _BOTTOM, _TOP)
     step = (WIDTH - _LEFT - _RIGHT) / len(rungs)
     places = [_LEFT + step * (i + 0.5) for i in range(len(rungs))]
-    lines = tuple(
-        _line(name, i, [(x, y(v), f"{name}, {rung}: {number(v)}") for x, v, rung in zip(places, values, rungs, strict=True) if _finite(v)])
-        for i, (name, values) in enumerate(series.items())
-    )
+    lines = []
+    for name, one in series.items():
+        if _finite(one.ceiling):
+            lines.append(Line("ceiling", one.colour, f"M{_LEFT} {y(one.ceiling):.1f}H{WIDTH - _RIGHT}", (), dashed=True))
+        marks = [_mark(x, y, f"{name}, {rung}", one, i) for i, (x, rung) in enumerate(zip(places, rungs, strict=True))]
+        lines.append(_through(name, one.colour, [mark for mark in marks if _finite(mark.y)]))
     ticks = tuple(Tick(y(v), number(v)) for v in _steps(low, high))
     return Chart(
-        title, lines, tuple(Tick(x, rung) for x, rung in zip(places, rungs, strict=True)), ticks, y(0.0) if low < 0 < high else None
+        title, tuple(lines), tuple(Tick(x, rung) for x, rung in zip(places, rungs, strict=True)), ticks, y(0.0) if low < 0 < high else None
     )
 
 
-def share_chart(title: str, shares: _Array, series: Mapping[str, _Array], chance: bool = True) -> Chart:
+def _mark(x: float, y: _Axis, named: str, one: Series, i: int) -> Mark:
+    value, told = float(one.values[i]), f"{named}: {number(float(one.values[i]))}"
+    if one.bounds is None or not np.isfinite(one.bounds[i]).all():
+        return Mark(x, y(value), told)
+    low, high = (float(end) for end in one.bounds[i])
+    told += f", 95% from {number(low)} to {number(high)}"
+    told += f", ceiling {number(one.ceiling)}" if _finite(one.ceiling) else ""
+    return Mark(x, y(value), told, (y(low), y(high)))
+
+
+def share_chart(title: str, shares: _Array, series: Mapping[str, Series], chance: bool = True) -> Chart:
     """Overlaps from 0 to 1 over shares of the eigenvectors, which are also what chance would reach."""
     x = _Axis(float(shares[0]), float(shares[-1]), _LEFT, WIDTH - _RIGHT, log=True)
     y = _Axis(0.0, 1.0, HEIGHT - _BOTTOM, _TOP)
@@ -92,7 +115,7 @@ def share_chart(title: str, shares: _Array, series: Mapping[str, _Array], chance
     def drawn(values: _Array, name: str) -> list[tuple[float, float, str]]:
         return [(x(s), y(v), f"{name}, top {percent(s)}: {number(v)}") for s, v in zip(shares, values, strict=True) if _finite(v)]
 
-    lines = [_line(name, i, drawn(values, name)) for i, (name, values) in enumerate(series.items())]
+    lines = [_line(name, one.colour, drawn(one.values, name)) for name, one in series.items()]
     if chance:
         lines.append(_line("chance", -1, drawn(shares, "chance"), dashed=True))
     ticks = tuple(Tick(x(s), percent(s)) for s in shares.tolist())
@@ -116,6 +139,14 @@ def spectrum_chart(title: str, quantiles: _Array, series: Mapping[str, _Array]) 
     return Chart(title, tuple(lines), tuple(Tick(x(q), percent(q)) for q in (0.001, 0.01, 0.1, 1.0)), ticks, None)
 
 
+def legend(charts: Sequence[Chart]) -> list[Line]:
+    """What charts that share their colours draw: every line once, in the order of the colours; what is there for comparison comes last."""
+    found: dict[tuple[bool, str], Line] = {}
+    for line in (line for chart in charts for line in chart.lines):
+        found.setdefault((line.dashed, line.name), replace(line, colour=-1) if line.dashed else line)
+    return sorted(found.values(), key=lambda line: (line.dashed, line.colour))
+
+
 def limits_of(values: _Array) -> tuple[float, float]:
     """Round limits around finite values and 0."""
     finite = values[np.isfinite(values)]
@@ -134,8 +165,12 @@ def signed(share: float) -> str:
 
 
 def _line(name: str, colour: int, places: Sequence[tuple[float, float, str]], *, dashed: bool = False) -> Line:
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places) if places else ""
-    return Line(name, colour, path, tuple(Mark(*place) for place in places), dashed)
+    return _through(name, colour, [Mark(*place) for place in places], dashed=dashed)
+
+
+def _through(name: str, colour: int, marks: Sequence[Mark], *, dashed: bool = False) -> Line:
+    path = "M" + "L".join(f"{mark.x:.1f} {mark.y:.1f}" for mark in marks) if marks else ""
+    return Line(name, colour, path, tuple(marks), dashed)
 
 
 def _steps(low: float, high: float) -> list[float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from infra import storage
-from tasks.decompose_charts import Chart, ladder_chart, limits_of, share_chart, signed, spectrum_chart
+from tasks.decompose_charts import Chart, Series, ladder_chart, legend, limits_of, share_chart, signed, spectrum_chart
 from tasks.decompose_claims import claims
 from tasks.report_text import date, number, percent, seconds
 from tda import location
@@ -90,36 +91,64 @@ def _facets(points: list[dict[str, Any]], options: list[str]) -> dict[str, dict[
     return found
 
 
+def _colours(points: list[dict[str, Any]], options: list[str]) -> dict[str, int]:
+    """The number of each line's colour, by its name alone: that of an option's value, the same in every chart."""
+    names = dict.fromkeys((_values(point, options) or ["the model"])[-1] for point in points)
+    return {name: i for i, name in enumerate(names)}
+
+
 def _inverse(data: xr.Dataset, measured: xr.Dataset, points: list[dict[str, Any]], options: list[str], label: str) -> dict[str, Any]:
     """What the page says under one inverse."""
-    facets, here = _facets(points, options), measured.sel(inverse=label)
+    here = measured.sel(inverse=label)
     errors = here["error"].sel(reference="hessian")
-    lds = _lds(here)
+
+    def charts(values: np.ndarray[Any, Any]) -> list[Chart]:
+        return _charts(points, options, values)
+
     return {
         "label": label,
-        "errors": {str(d): _charts(facets, errors.sel(definition=d).to_numpy()) for d in data["definition"].to_numpy()},
-        "agreement": _charts(facets, here["agreement"].to_numpy()),
-        "lds": [] if lds is None else _charts(facets, lds),
+        "errors": {str(d): charts(errors.sel(definition=d).to_numpy()) for d in data["definition"].to_numpy()},
+        "agreement": charts(here["agreement"].to_numpy()),
+        "lds": _lds(here, points, options) if "rung_lds" in here else [],
         "shares": [_shares(here.isel(point=i), point, options) for i, point in enumerate(points)],
         "layers": [_layers(here.isel(point=i), point, options) for i, point in enumerate(points)],
         "kept": [[float(v) for v in here["kept"].isel(point=i)] for i in range(len(points))],
     }
 
 
-def _lds(here: xr.Dataset) -> np.ndarray[Any, Any] | None:
-    """Mean LDS over queries and alphas, (point, rung)."""
-    if "rung_lds" not in here:
-        return None
-    mean: np.ndarray[Any, Any] = here["rung_lds"].mean(["query", "alpha"]).transpose("point", "rung").to_numpy()
-    return mean
+def _lds(here: xr.Dataset, points: list[dict[str, Any]], options: list[str]) -> list[Chart]:
+    """Charts of the mean LDS over queries with its interval and its ceiling, alpha by alpha."""
+    found = []
+    for alpha in here["alpha"].to_numpy().tolist():
+        at = here.sel(alpha=alpha)
+        mean = at["rung_lds"].mean("query").transpose("point", "rung").to_numpy()
+        bounds = at["rung_lds_bound"].transpose("point", "rung", "bound").to_numpy()
+        title = f"alpha {alpha:g}" if here.sizes["alpha"] > 1 else ""
+        found += _charts(points, options, mean, title, bounds, at["rung_lds_ceiling"].to_numpy())
+    return found
 
 
-def _charts(facets: dict[str, dict[str, int]], values: np.ndarray[Any, Any]) -> list[Chart]:
-    """One chart per facet, all on the axis of the largest; values: (point, rung)."""
-    limits = limits_of(values)
-    return [
-        ladder_chart(title, {name: values[i] for name, i in lines.items()}, list(NAMES.values()), limits) for title, lines in facets.items()
-    ]
+def _charts(
+    points: list[dict[str, Any]],
+    options: list[str],
+    values: np.ndarray[Any, Any],
+    title: str = "",
+    bounds: np.ndarray[Any, Any] | None = None,
+    ceilings: np.ndarray[Any, Any] | None = None,
+) -> list[Chart]:
+    """One chart per facet, all on the axis of the largest; values: (point, rung), bounds: (point, rung, bound), ceilings: (point,)."""
+    colours = _colours(points, options)
+    limits = limits_of(np.concatenate([part.ravel() for part in (values, bounds, ceilings) if part is not None]))
+    found = []
+    for facet, lines in _facets(points, options).items():
+        series = {
+            name: Series(
+                values[i], colours[name], None if bounds is None else bounds[i], math.nan if ceilings is None else float(ceilings[i])
+            )
+            for name, i in lines.items()
+        }
+        found.append(ladder_chart(" · ".join(part for part in (facet, title) if part), series, list(NAMES.values()), limits))
+    return found
 
 
 def _shares(point: xr.Dataset, described: dict[str, Any], options: list[str]) -> dict[str, Any]:
@@ -144,11 +173,12 @@ def _layers(point: xr.Dataset, described: dict[str, Any], options: list[str]) ->
 
 def _bases(measured: xr.Dataset, points: list[dict[str, Any]], options: list[str]) -> dict[str, list[Chart]]:
     """How far the Kronecker basis is that of the blocks, and the blocks' basis that of the whole GGN."""
-    tops, facets = measured["top"].to_numpy(), _facets(points, options)
+    tops, facets, colours = measured["top"].to_numpy(), _facets(points, options), _colours(points, options)
 
     def charts(reference: str, rung: str) -> list[Chart]:
         values = measured["basis_overlap"].sel(reference=reference, rung=rung).to_numpy()
-        return [share_chart(title, tops, {name: values[i] for name, i in lines.items()}) for title, lines in facets.items()]
+        series = {title: {name: Series(values[i], colours[name]) for name, i in lines.items()} for title, lines in facets.items()}
+        return [share_chart(title, tops, some) for title, some in series.items()]
 
     return {"of EK-FAC with the block GGN": charts("block_ggn", "ekfac"), "of the block GGN with the GGN": charts("ggn", "block_ggn")}
 
@@ -185,6 +215,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
+        "legend": legend,
         "number": number,
         "padded": partial(number, padded=True),
         "seconds": seconds,

@@ -82,7 +82,7 @@ class Study:
         Raises:
             InputError: the study is not finished, and nothing to read is there yet.
         """
-        if not self.manifest.get("complete") and not location.exists(location.join(self.url, "report.html")):
+        if not self.manifest.get("complete") and not self._written():
             raise InputError(f"study {self.id} has no results yet; the `tda decompose CONFIG` that began it, given again, finishes it")
         group = location.open_group(location.join(self.url, "results.zarr"))
         schema.validate(group, sorted(group.array_keys()))
@@ -97,6 +97,13 @@ class Study:
         told = {"long_name": "share of the training's steps before the checkpoint that was measured"}
         shares = [math.nan if point.get("share") is None else point["share"] for point in self.manifest["points"]]
         return data.assign(share=("point", shares, told)).assign_coords(swept)
+
+    def _written(self) -> bool:
+        """Whether all arrays are there: they are sealed last."""
+        try:
+            return bool(location.read_json(location.join(self.url, "results.zarr", "zarr.json")).get("consolidated_metadata"))
+        except FileNotFoundError:
+            return False
 
     @cached_property
     def results(self) -> xr.Dataset:

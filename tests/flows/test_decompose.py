@@ -93,7 +93,9 @@ def test_an_evaluated_study_has_the_lds_of_every_rung_and_measures_nothing_again
     assert dict(found.sizes) == {"epochs": 2, "inverse": 2, "rung": 5, "query": 5}
     assert np.isfinite(found).all()
     assert not [name for name in opened.manifest["timings"] if name.startswith(("matrix", "eigendecomposition"))]
-    assert b"rank correlation over subsets" in location.read_bytes(f"{opened.url}/report.html")
+    html = location.read_bytes(f"{opened.url}/report.html").decode()
+    for text in ("rank correlation over subsets", 'class="interval"', "ceiling</li>", "LDS falls with every step", "of 8 steps"):
+        assert text in html
 
 
 def test_an_interrupted_study_is_finished_by_the_same_command(config, cluster, tmp_path, monkeypatch) -> None:
@@ -169,6 +171,9 @@ def test_an_unfinished_study_without_results_says_what_finishes_it(config, clust
     for name in ("points", "results"):
         with pytest.raises(InputError, match=f"study {found.id} has no results yet; the `tda decompose CONFIG` that began it"):
             getattr(found, name)
+    location.open_group(f"{found.url}/results.zarr", "a")
+    with pytest.raises(InputError, match="has no results yet"):
+        _ = found.points  # its arrays were being written
 
 
 def test_subsets_that_the_data_cannot_give_are_refused_before_anything_is_written(config: Path, tmp_path: Path) -> None:
