@@ -178,7 +178,7 @@ def _left_out(known: Given, influence: _Array, told: dict[str, Any]) -> Numbers:
     groups, some = effects.alone(influence.shape[1], known.left_out), known.reported
     each = lds(influence, groups, known.effects)
     draws = bootstrap(influence[some], groups, known.effects[..., some], draws=told["draws"], seed=told["seed"])
-    bounds = interval(draws, float(each[some].mean()))
+    bounds = interval(draws, float(each[some].mean()), within=1.0)
     return {"leave_one_out": each, "leave_one_out_bounds": np.array([bounds.low, bounds.high])}
 
 
@@ -197,7 +197,7 @@ def _detected(known: Given, method: int, told: dict[str, Any]) -> Numbers:
         own = known.run.self_influence[method].to_numpy()
     except NotStored:
         return {}
-    if not np.isfinite(own).all():
+    if not np.isfinite(own).all() or np.ptp(own) == 0:  # of a cosine it is always -1, which says nothing of any example
         return {}
     found = checks.detect(own, known.wrong, known.inspected, seed=told["seed"])
     return {"mislabelled_auc": np.array([found.auc, found.bounds.low, found.bounds.high]), "mislabelled_precision": found.precision}

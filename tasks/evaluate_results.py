@@ -121,7 +121,7 @@ def _intervals(draws: _Array, means: _Array) -> _Array:
     """(method, alpha, bound)."""
     rows = np.empty((*means.shape, 2))
     for place in np.ndindex(*means.shape):
-        bounds = interval(draws[place], float(means[place]))
+        bounds = interval(draws[place], float(means[place]), within=1.0)
         rows[place] = bounds.low, bounds.high
     return rows
 

@@ -108,13 +108,13 @@ def _axes(predicted: np.ndarray) -> tuple[slice | None, ...]:
     return (slice(None), *[None] * (predicted.ndim - 2))
 
 
-def interval(draws: np.ndarray, estimate: float, level: float = 0.95) -> Interval:
+def interval(draws: np.ndarray, estimate: float, level: float = 0.95, *, within: float = np.inf) -> Interval:
     """The central `level` of bootstrap draws (draw,) about the estimate.
 
     A rank correlation of few subsets is too small by a little, one of a resample of them by that much again: the draws are shifted to
-    have the estimate as their mean.
+    have the estimate as their mean. within: no end lies outside [-within, within], as no correlation lies outside [-1, 1].
     """
-    low, high = np.quantile(draws - draws.mean() + estimate, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws - draws.mean() + estimate, [(1 - level) / 2, (1 + level) / 2]).clip(-within, within)
     return Interval(float(low), float(high), level)
 
 

@@ -350,6 +350,13 @@ def test_the_untrained_model_is_left_out_for_good_only_where_it_cannot_be_scored
         assert checkpoint.digest(checkpoint.parse(weights.read_bytes(), "")) != checkpoint.digest(dict(model.state_dict()))
 
 
+def test_self_influence_that_is_the_same_for_all_is_not_held_against_wrong_labels() -> None:
+    own, told = {"ekfac": -np.arange(1.0, 31), "gradcos": -np.ones(30)}, {"seed": 0}
+    run = SimpleNamespace(self_influence=[SimpleNamespace(to_numpy=lambda each=each: each) for each in own.values()])
+    known = SimpleNamespace(run=run, wrong=np.arange(30) % 5 == 0, inspected=np.array([3]))
+    assert [sorted(measuring._detected(known, m, told)) for m in (0, 1)] == [["mislabelled_auc", "mislabelled_precision"], []]
+
+
 def test_other_wrong_labels_are_another_evaluation(tmp_path) -> None:
     file = write_config(
         tmp_path, CONFIG, PROBLEM.replace("trap=''", "trap='', wrong=5").replace("% 5 == 0\n    def model", "% wrong == 0\n    def model")

@@ -107,6 +107,14 @@ def test_the_ceiling_of_paired_effects_is_not_lowered_by_what_a_seed_adds_to_all
     assert shared < 5 or ceiling(measured, splits=20).mean() < wanted - 0.1, "split apart it counts as noise"
 
 
+def test_the_interval_of_a_correlation_holds_no_number_that_is_none():
+    draws = np.random.default_rng(0).normal(0.8, 0.1, 1000)
+    assert interval(draws, 0.9).high > 1
+    assert interval(draws, 0.9, within=1.0).high == 1.0
+    assert interval(-draws, -0.9, within=1.0).low == -1.0
+    assert interval(draws, 0.9, within=1.0).low == interval(draws, 0.9).low
+
+
 def test_a_query_without_any_signal_has_no_ceiling():
     measured = np.random.default_rng(5).normal(size=(500, 4, 50))
     assert ceiling(measured, splits=20).mean() < 0.2
