@@ -81,7 +81,12 @@ class _Path:
     def state(self) -> State:
         """All of it as tensors."""
         vectors = {"x": self.x, "r": self.r, "p": self.p, "live": self.live, "checked": self.checked}
-        return {**vectors, "largest": torch.tensor(self.largest, dtype=torch.float64), "step": torch.tensor(self.step), **self.trace.state()}
+        return {
+            **vectors,
+            "largest": torch.tensor(self.largest, dtype=torch.float64),
+            "step": torch.tensor(self.step),
+            **self.trace.state(),
+        }
 
     def aim(self, live: Tensor) -> None:
         """Begin again from the residuals of the queries in the mask `live`."""

@@ -80,7 +80,12 @@ class _Path:
         live = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
         live[self.ids] = True
         vectors = {"x": self.x, "r": self.r, "p": self.p, "r_z": self.r_z, "live": live, "checked": self.checked}
-        return {**vectors, "largest": torch.tensor(self.largest, dtype=torch.float64), "step": torch.tensor(self.step), **self.trace.state()}
+        return {
+            **vectors,
+            "largest": torch.tensor(self.largest, dtype=torch.float64),
+            "step": torch.tensor(self.step),
+            **self.trace.state(),
+        }
 
     def aim(self, live: Tensor) -> None:
         """Begin again from the residuals r of all queries, with those in the mask `live`."""
