@@ -29,9 +29,8 @@ def compute_seconds(run: Run) -> np.ndarray[Any, Any]:
     for member in members:
         for m, method in enumerate(methods):
             for fit in method.fits:
-                kind = _KINDS[fit.kind]
-                found = member.get(kind, {})
-                total[m] += _priced(run, kind, found.get(f"{fit.key}, {method.title}", found.get(fit.key, "")))
+                mark = member.get("fits", {}).get(method.title, {}).get(fit.key)
+                total[m] += _priced(run, _KINDS[fit.kind], mark) if mark else np.nan
             total[m] += _priced(run, "directions", member["directions"].get(method.title, ""))
     return total + _scoring(run, len(members)) / len(methods)
 

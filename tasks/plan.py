@@ -54,11 +54,14 @@ class Member:
 
     def fingerprints(self) -> dict[str, Any]:
         """Of its artifacts, for the manifest."""
-        found: dict[str, Any] = {"checkpoint": self.subject.weights, "factors": {}, "spectra": {}, "directions": {}}
+        found: dict[str, Any] = {"checkpoint": self.subject.weights, "factors": {}, "spectra": {}, "directions": {}, "fits": {}}
         for key, job in self.fits.items():
             found.setdefault(ARTIFACTS[type(job)], {})[key] = job.url.rpartition("/")[2]
         for scored in self.scores.methods:
-            found["directions"][scored.directions.parsed().title] = scored.directions.url.rpartition("/")[2]
+            method = scored.directions.parsed()
+            found["directions"][method.title] = scored.directions.url.rpartition("/")[2]
+            urls = zip(method.fits, scored.directions.fits, strict=True)
+            found["fits"] |= {method.title: {fit.key: url.rpartition("/")[2] for fit, url in urls}} if method.fits else {}
         return found
 
 

@@ -125,7 +125,8 @@ def test_a_run_states_what_it_covers_did_and_means(run: Run) -> None:
     assert all(value > 0 for value in told["damping"]["kfac"].values()), "the heuristic's value is told, not its name"
     assert told["seeds"] == {"run": 0, "fisher (sampled)": 0}
     assert {"tda", "python", "torch", "numpy", "zarr", "dask", "prefect"} <= set(told["versions"])
-    assert {"checkpoint", "train_data", "query_data", "problem", "factors", "spectra", "directions", "run"} == set(told["fingerprints"])
+    marks = {"checkpoint", "train_data", "query_data", "problem", "factors", "spectra", "directions", "fits", "run"}
+    assert marks == set(told["fingerprints"])
     assert told["config"]["shard_size"] == 2
     assert told["reused"] == {"checkpoint": False, "factors (sampled)": False, "factors (exact)": False, "directions": False}
     for stage in (
