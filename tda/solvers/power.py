@@ -15,25 +15,6 @@ from tda.solvers.system import Precondition, inner
 STEPS, ACCURACY = 40, 1e-3
 
 
-def largest_eigenvalue(
-    product: Callable[[Tensor], Tensor],
-    size: int,
-    *,
-    precondition: Precondition | None = None,
-    like: Tensor | None = None,
-    steps: int = STEPS,
-    accuracy: float = ACCURACY,
-) -> tuple[float, int]:
-    """(value, products used): the largest eigenvalue of a symmetric C, or of P^-1 C, reached from below; NaN where a product is.
-
-    product: vectors (1, D) -> (1, D). precondition: P^-1 v, symmetric and positive definite. like: a tensor whose dtype and device the
-    vectors get. The start vector is fixed, so the value is the same every time. Only the largest eigenvalue is trusted: without
-    reorthogonalisation it is found again and again, which does no harm, and three vectors are enough.
-    """
-    _, value, products = extreme_eigenvalues(product, size, precondition=precondition, like=like, steps=steps, accuracy=accuracy)
-    return value, products
-
-
 def extreme_eigenvalues(
     product: Callable[[Tensor], Tensor],
     size: int,
@@ -43,7 +24,13 @@ def extreme_eigenvalues(
     steps: int = STEPS,
     accuracy: float = ACCURACY,
 ) -> tuple[float, float, int]:
-    """(least, largest, products used) as in `largest_eigenvalue`; the least is an upper bound, for the iteration does not wait for it."""
+    """(least, largest, products used): eigenvalues of a symmetric C, or of P^-1 C; NaN where a product is.
+
+    product: vectors (1, D) -> (1, D). precondition: P^-1 v, symmetric and positive definite. like: a tensor whose dtype and device the
+    vectors get. The start vector is fixed, so the values are the same every time. The largest is reached from below, and waited for;
+    the least is an upper bound. Without reorthogonalisation the largest is found again and again, which does no harm, and three
+    vectors are enough.
+    """
     start = np.random.Generator(np.random.Philox(key=[0, 0])).standard_normal(size)
     u = torch.from_numpy(start)[None].to(torch.empty(0, dtype=torch.float64) if like is None else like)
     before, least, value = torch.zeros_like(u), 0.0, 0.0
