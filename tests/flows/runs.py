@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -157,3 +159,17 @@ def left_behind(marker: str) -> list[str]:
         except psutil.Error:
             continue
     return found
+
+
+def wait_until(condition: Callable[[], bool], process: object = None, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        assert process is None or process.poll() is None, f"it has ended: {process.communicate()}"  # type: ignore[attr-defined]
+        time.sleep(0.01)
+
+
+def written(store: Path) -> int:
+    """How many whole objects a store holds."""
+    # os.walk passes over folders that vanish meanwhile.
+    return sum(not name.endswith(".partial") for _, _, names in os.walk(store) for name in names)

@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,20 @@ import tda
 from flows.attribute import RunFailed
 from tda.errors import InputError
 from tda.results import Run
-from tests.flows.runs import CONFIG, attribute, command, digests, finished, left_behind, manifests, objects, reads, write_config
+from tests.flows.runs import (
+    CONFIG,
+    attribute,
+    command,
+    digests,
+    finished,
+    left_behind,
+    manifests,
+    objects,
+    reads,
+    wait_until,
+    write_config,
+    written,
+)
 
 LOCAL = '[cluster]\nworkers = 2\nmemory_limit = "2GB"\n'
 
@@ -35,20 +47,6 @@ def config(tmp_path: Path, traps: Path) -> Path:
 @pytest.fixture
 def undisturbed(config: Path, cluster: str, tmp_path: Path) -> Run:
     return attribute(config, f"{tmp_path}/undisturbed", cluster)[1]
-
-
-def wait_until(condition: Callable[[], bool], process: object = None, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        assert process is None or process.poll() is None, f"it has ended: {process.communicate()}"  # type: ignore[attr-defined]
-        time.sleep(0.01)
-
-
-def written(store: Path) -> int:
-    """How many whole objects a store holds."""
-    # os.walk passes over folders that vanish meanwhile.
-    return sum(not name.endswith(".partial") for _, _, names in os.walk(store) for name in names)
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.soak)])

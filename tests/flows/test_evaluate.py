@@ -3,7 +3,6 @@
 import csv
 import random
 import shutil
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from tda.errors import InputError
 from tda.evaluation.lds import lds
 from tda.evaluation.subsets import tuning
 from tda.problem import load_problem
-from tests.flows.runs import attribute, command, finished, left_behind, objects, write_config
+from tests.flows.runs import attribute, command, finished, left_behind, objects, wait_until, write_config, written
 
 # 30 examples in three classes, 8 queries, trained in milliseconds and many at once; a fifth of the labels is wrong.
 PROBLEM = """
@@ -253,17 +252,15 @@ def test_ridge_regression_is_known_exactly(tmp_path: Path, cluster: str) -> None
 def test_killed_again_and_again_it_ends_with_the_same_table(config, done, tmp_path, prefect_api, kills) -> None:
     store, rng = tmp_path / "store", random.Random(1)  # noqa: S311
     whole = len(objects(done[0].store))
-    for kill in range(kills):
-        target = (len(list(store.rglob("*"))) if store.exists() else 0) + rng.randrange(1, max(2, whole // kills))
+    for _ in range(kills):
+        target = written(store) + rng.randrange(1, max(2, whole // kills))
         process = command("evaluate", config, "--store", store, marker=str(tmp_path))
-        end = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < end and len(list(store.rglob("*"))) < target:
-            time.sleep(0.02)
-        process.kill()
-        process.communicate()
-        while left_behind(str(tmp_path)) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert kill < kills
+        try:
+            wait_until(lambda target=target, process=process: written(store) >= target or process.poll() is not None, seconds=120)
+        finally:
+            process.kill()
+            process.communicate()
+        wait_until(lambda: not left_behind(str(tmp_path)), seconds=20)
     status, out, err = finished(command("evaluate", config, "--store", store), 200)
     assert status == 0, err
     assert "LDS over 10 subsets of 50% x 4 models" in out
