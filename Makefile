@@ -36,8 +36,9 @@ lint: .venv/.dev ## ruff, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: .venv/.dev ## the tests alone
-	$(BIN)/python -m pytest
+unit: .venv/.dev ## the tests alone: the mathematics on all cores, one test each, then what starts clusters and servers of its own
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "pure and not soak"
+	$(BIN)/python -m pytest -m "not pure and not soak"
 
 # What the benchmarks compare with lives apart, so that it can never be imported by accident.
 .venv-peers/.done: pyproject.toml constraints.txt | .venv/.run
