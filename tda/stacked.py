@@ -16,9 +16,9 @@ from torch.func import functional_call, vmap
 from torch.utils.data import Subset
 
 from tda.errors import cause
-from tda.evaluation.stacked_mlp import mlp_gradients
 from tda.problem import Batch, Problem
 from tda.recipe import Recipe, load_all, orders, rows
+from tda.stacked_mlp import mlp_gradients
 
 #: (parameters (M, ...) each, inputs (M, B, ...), targets (M, B, ...)) -> gradients of each model's mean loss, like the parameters.
 Gradients = Callable[[list[Tensor], Any, Tensor], list[Tensor]]
