@@ -21,7 +21,8 @@ import torch
 from tda import flat
 from tda.curvature.spectrum import Spectrum, decompose
 from tda.directions import query_gradients, squared_norms
-from tda.evaluation.lds import bootstrap, ceiling, interval, lds
+from tda.evaluation.ceiling import mean_ceiling
+from tda.evaluation.lds import bootstrap, interval, lds
 from tda.evaluation.retraining import STACK, measure_stack, retrain, retrained
 from tda.evaluation.subsets import masks, training_seed
 from tda.methods import parse
@@ -117,9 +118,9 @@ def main():
         timing(problem if given.network == "mlp" else DigitsCNN(queries=given.queries), 2 * STACK, 16)
         return
     chosen, measured, seconds = ground_truth(problem, given.subsets, given.seeds)
-    top = ceiling(measured)
+    top, _ = mean_ceiling(measured)
     count = given.subsets * given.seeds
-    print(f"{count} models retrained in {seconds:.1f} s, {1e3 * seconds / count:.1f} ms each; noise ceiling {top.mean():.3f}", flush=True)
+    print(f"{count} models retrained in {seconds:.1f} s, {1e3 * seconds / count:.1f} ms each; noise ceiling {top:.3f}", flush=True)
     ladder = [table for table in LADDER if not given.methods or table["name"] in given.methods]
     started = time.perf_counter()
     scores = []
@@ -134,11 +135,11 @@ def main():
         bounds = interval(draws[m], ensemble[m])
         print(
             f"| {table['name']} | {table.get('damping', '')} | {single[m]:.3f} | {ensemble[m]:.3f} | {bounds.low:.3f} .. {bounds.high:.3f} "
-            f"| {ensemble[m] / top.mean():.2f} |"
+            f"| {ensemble[m] / top:.2f} |"
         )
     if given.out:
         rows = [{**table, "single": s, "ensemble": e} for table, s, e in zip(ladder, single.tolist(), ensemble.tolist(), strict=True)]
-        given.out.write_text(json.dumps({"protocol": vars(given) | {"out": ""}, "ceiling": float(top.mean()), "rows": rows}, indent=1))
+        given.out.write_text(json.dumps({"protocol": vars(given) | {"out": ""}, "ceiling": top, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

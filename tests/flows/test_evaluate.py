@@ -20,6 +20,7 @@ from infra.cluster import ShardFailed
 from tasks import evaluate as measuring
 from tda import checkpoint, location, schema
 from tda.errors import InputError
+from tda.evaluation.ceiling import mean_ceiling
 from tda.evaluation.lds import lds
 from tda.evaluation.subsets import tuning
 from tda.problem import load_problem
@@ -145,6 +146,11 @@ def test_an_evaluation_is_one_dataset_with_the_truth_that_it_was_found_by(done) 
     low, high = (data.interval[..., i].to_numpy() for i in (0, 1))
     reported = data.lds[:, :, ~data.tuning_query].mean("query").to_numpy()
     assert ((low < reported) & (reported < high)).all()
+    for a in range(2):
+        wanted, bounds = mean_ceiling(data.measurement[a].to_numpy()[..., ~data.tuning_query.to_numpy()])
+        assert data.mean_ceiling[a].values.tolist() == pytest.approx([wanted, bounds.low, bounds.high])
+        lds_, share = (data.league[0, a].sel(metric=name, statistic="estimate").item() for name in ("lds", "of_ceiling"))
+        assert share == pytest.approx(lds_ / wanted)
     group = location.open_group(f"{run.url}/evaluation/{location.read_json(run.url + '/evaluation.json')['folder']}/results.zarr")
     schema.validate(group, sorted(group.array_keys()))
 
