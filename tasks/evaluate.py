@@ -81,6 +81,11 @@ def examine(options: dict[str, Any], families: Sequence[str], job: RetrainJob) -
     swept = next((family for family in families if families.count(family) > 1), None)
     if swept is not None and not chosen.any():
         raise InputError(f"tuning_queries = 0 leaves nothing to choose a damping of {swept!r} by; give a share, or one damping")
+    if options["removal"] and options["removal_queries"] > (~chosen).sum():
+        raise InputError(
+            f"removal_queries = {options['removal_queries']}, but of {len(chosen)} queries {(~chosen).sum()} are reported; "
+            "ask for at most so many, give more queries, or tune on a smaller share"
+        )
     if options["leave_one_out"]:
         subsets.left_out(len(problem.train_data()), options["leave_one_out"], options["seed"])
     wrong_labels(problem, len(problem.train_data()))
@@ -201,7 +206,10 @@ def _detected(known: Given, method: int, told: dict[str, Any]) -> Numbers:
         own = known.run.self_influence[method].to_numpy()
     except NotStored:
         return {}
-    if not np.isfinite(own).all() or np.ptp(own) == 0:  # of a cosine it is always -1, which says nothing of any example
+    bad = np.flatnonzero(~np.isfinite(own))
+    if len(bad):
+        return {"not_finite": bad}
+    if np.ptp(own) == 0:  # of a cosine it is always -1, which says nothing of any example
         return {}
     found = checks.detect(own, known.wrong, known.inspected, seed=told["seed"])
     return {"mislabelled_auc": np.array([found.auc, found.bounds.low, found.bounds.high]), "mislabelled_precision": found.precision}

@@ -230,11 +230,22 @@ def manifest(job: Evaluation, found: Found, created: str, timings: dict[str, Any
     }
     if known.wrong is not None:
         told["mislabelled"] = {"wrong": int(known.wrong.sum()), "share": float(known.wrong.mean()), "auc_of_loss": _auc_of_loss(known)}
+    told["notes"] += _not_finite(job, found)
     if alone:
         told["notes"].append(f"models were retrained one by one: {alone}")
     if seeds < 2:
         told["notes"].append("one model per subset: the noise of retraining is not known, and there is no ceiling")
     return told
+
+
+def _not_finite(job: Evaluation, found: Found) -> list[str]:
+    """A note for each method whose self-influence finds no wrong labels because it has no value somewhere."""
+    return [
+        f"the self-influence of {given(job).run.methods[m]} is not finite for {len(numbers['not_finite'])} training examples, the first of "
+        f"which is {int(numbers['not_finite'][0])}: it is not held against the wrong labels"
+        for m, numbers in enumerate(found.numbers)
+        if "not_finite" in numbers
+    ]
 
 
 def _auc_of_loss(known: Given) -> float:

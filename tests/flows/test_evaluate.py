@@ -18,6 +18,7 @@ from flows.config import load_config
 from flows.evaluate import evaluate_run
 from infra.cluster import ShardFailed
 from tasks import evaluate as measuring
+from tasks import evaluate_results
 from tda import checkpoint, location, schema
 from tda.errors import InputError
 from tda.evaluation.ceiling import mean_ceiling
@@ -290,6 +291,7 @@ def test_killed_again_and_again_it_ends_with_the_same_table(config, done, tmp_pa
         (("seeds = 4", "tuning_queries = 0.0"), None, "tuning_queries = 0 leaves nothing to choose a damping of 'ekfac' by"),
         (("leave_one_out = 5", "leave_one_out = 2"), None, "evaluation.leave_one_out must be at least 3 for a rank correlation"),
         (("leave_one_out = 5", "leave_one_out = 31"), None, "leave_one_out = 31 of 30 training examples: it must be from 3 to 30"),
+        (("removal_queries = 2", "removal_queries = 5"), None, "removal_queries = 5, but of 8 queries 4 are reported; ask for"),
         (("ensemble = 2", "problem_options = {queries = 1}"), None, "tuning_queries = 0.5 of 1 queries"),
         (("damping = [", "damping = [-1.0, "), None, 'damping must be a finite number >= 0 or "heuristic", got -1.0'),
         (("damping = [", "damping = [] #"), None, "damping = [] names none; list different numbers"),
@@ -358,6 +360,17 @@ def test_self_influence_that_is_the_same_for_all_is_not_held_against_wrong_label
     run = SimpleNamespace(self_influence=[SimpleNamespace(to_numpy=lambda each=each: each) for each in own.values()])
     known = SimpleNamespace(run=run, wrong=np.arange(30) % 5 == 0, inspected=np.array([3]))
     assert [sorted(measuring._detected(known, m, told)) for m in (0, 1)] == [["mislabelled_auc", "mislabelled_precision"], []]
+
+
+def test_self_influence_that_is_not_finite_is_named(monkeypatch) -> None:
+    own = np.where(np.isin(np.arange(30), [4, 9]), np.inf, -1.0)
+    run = SimpleNamespace(self_influence=[SimpleNamespace(to_numpy=lambda: own)], methods=["ekfac"])
+    known = SimpleNamespace(run=run, wrong=np.arange(30) % 5 == 0, inspected=np.array([3]))
+    found = measuring._detected(known, 0, {"seed": 0})
+    assert list(found) == ["not_finite"]
+    monkeypatch.setattr(evaluate_results, "given", lambda _: known)
+    (note,) = evaluate_results._not_finite(None, SimpleNamespace(numbers=[found, {}]))
+    assert note.startswith("the self-influence of ekfac is not finite for 2 training examples, the first of which is 4")
 
 
 def test_other_wrong_labels_are_another_evaluation(tmp_path) -> None:
