@@ -50,6 +50,7 @@ unit: .venv/.dev ## the tests alone: the mathematics on all cores, one test each
 bench: .venv/.dev .venv-peers/.done ## against Kronfluence in pairs, solvers against each other and against one by one, retraining; a GPT with TDA_CASES=folder (20 minutes more)
 	$(BIN)/python -m tests.benchmarks.solvers
 	$(BIN)/python -m tests.benchmarks.lds --timing
+	$(BIN)/python -m tests.benchmarks.lds --timing --network cnn
 	$(BIN)/python -m tests.benchmarks.compare
 
 benchfull: .venv/.dev .venv-peers/.done ## the same on all sequences, both sides also on oneDNN and in bfloat16 (hours)

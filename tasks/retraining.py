@@ -30,9 +30,9 @@ from tda.data import digest
 from tda.errors import InputError, cause
 from tda.evaluation import subsets
 from tda.evaluation.retraining import STACK, retrained
-from tda.evaluation.stacked import unstackable
 from tda.fingerprint import fingerprint
 from tda.problem import Problem, can_fit, load_problem, problem_digest
+from tda.stacked import unstackable
 
 
 @dataclass(frozen=True)

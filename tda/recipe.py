@@ -1,6 +1,6 @@
 """Plain training as data: SGD with momentum on shuffled batches. A problem that states its recipe needs no `fit` of its own.
 
-Because it is plain, many models can be trained by it at once (`tda.evaluation.stacked`), each as if it were alone.
+Because it is plain, many models can be trained by it at once (`tda.stacked`), each as if it were alone.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from tda.data import batches, load_batch
-from tda.evaluation.stacked import fit_stack
 from tda.problem import Batch, Problem
+from tda.stacked import fit_stack
 
 #: So many models are trained at once: fewer leave time to Python, more leave the cache (python -m tests.benchmarks.lds --timing).
 STACK = 64

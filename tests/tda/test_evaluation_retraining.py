@@ -8,10 +8,10 @@ from torch.utils.data import Subset, TensorDataset
 
 import tda
 from tda.evaluation.retraining import measure, retrain, retrained
-from tda.evaluation.stacked import fit_stack, unstackable
-from tda.evaluation.stacked_mlp import mlp_gradients
 from tda.problems.digits import Digits, DigitsCNN, PaperDigits
 from tda.recipe import load_all
+from tda.stacked import fit_stack, unstackable
+from tda.stacked_mlp import mlp_gradients
 
 RECIPE = tda.Recipe(epochs=3, batch_size=8, learning_rate=0.1, momentum=0.9, weight_decay=1e-2)
 
