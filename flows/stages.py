@@ -69,12 +69,18 @@ def here() -> Session:
     return _SESSION.get()
 
 
-def _price(url: str, before: float) -> None:
+def _begin(url: str) -> float | None:
+    """What `_price` has to be given: `Session.spent` when an artifact is begun; None where an earlier try was, whose work is not known."""
+    first = storage.create_once(location.join(url, "begun.json"), b"{}")
+    return here().spent if first else None
+
+
+def _price(url: str, before: float | None) -> None:
     """Write down beside an artifact that is about to be complete what it took, in seconds of work, for those who compare methods.
 
-    before: `Session.spent` when it was begun, so that work of an interrupted try is not counted.
+    null where a try was interrupted: what it did, and so did not have to be done again, would be missing.
     """
-    storage.write_json(location.join(url, "seconds.json"), {"compute": here().spent - before})
+    storage.write_json(location.join(url, "seconds.json"), {"compute": None if before is None else here().spent - before})
 
 
 def warm(client: Client, request: prepare.Request) -> list[Future]:
@@ -119,7 +125,7 @@ def fit(job: plan.FitJob) -> bool:
 
 
 def _fit_factors(job: factors.FactorJob) -> None:
-    run, kind, before = here().shards, job.fisher, here().spent
+    run, kind, before = here().shards, job.fisher, _begin(job.url)
     factors.create_factors(job)
     for sums, label in (("covariance", "covariances"), ("eigenvalues", "eigenvalues")):
         run(factors.sum_shard, [factors.Node(job, sums, 0, part) for part in range(job.parts)], f"{label} ({kind})")  # type: ignore[arg-type]
@@ -133,7 +139,7 @@ def _fit_factors(job: factors.FactorJob) -> None:
 
 
 def _fit_spectra(job: dense.DenseJob) -> None:
-    run, kind, before = here().shards, job.curvature, here().spent
+    run, kind, before = here().shards, job.curvature, _begin(job.url)
     dense.create(job)
     run(dense.rows, dense.row_tasks(job), f"matrix ({kind})")
     run(dense.decompose, dense.decompose_tasks(job), f"eigendecomposition ({kind})")
@@ -142,7 +148,7 @@ def _fit_spectra(job: dense.DenseJob) -> None:
 
 
 def _fit_projection(job: projection.ProjectionJob) -> None:
-    run, before = here().shards, here().spent
+    run, before = here().shards, _begin(job.url)
     run(projection.sum_part, [(job, part) for part in range(job.parts)], "projected gradients")
     _price(job.url, before)
     run(projection.finish, [job], "finish projection")
@@ -150,12 +156,12 @@ def _fit_projection(job: projection.ProjectionJob) -> None:
 
 def retrain(job: retraining.RetrainJob, stage: str, masks: np.ndarray[Any, Any] | None = None) -> None:
     """Train every model of a ground truth that is not there yet. masks: of subsets that were chosen."""
-    session, before = here(), here().spent
+    session = here()
     retraining.create(job, masks)
     if job.alone:
         session.progress.say(f"models are retrained one by one: {job.alone}")
     session.shards(retraining.retrain_piece, retraining.pieces(job), stage)
-    _price(job.url, before)
+    storage.write_json(location.join(job.url, "seconds.json"), {"compute": retraining.spent(job)})
     session.shards(retraining.finish, [job], f"finish {stage}")
 
 
@@ -164,7 +170,7 @@ def make_directions(job: directions.DirectionJob) -> bool:
     """Make the queries' directions under one method; True where an earlier run had."""
     if layout.is_complete(job.url):
         return True
-    title, before = job.parsed().title, here().spent
+    title, before = job.parsed().title, _begin(job.url)
     here().shards(directions.make_directions, [(job, block) for block in range(job.blocks)], f"directions ({title})")
     _price(job.url, before)
     directions.finish(job)

@@ -26,6 +26,7 @@ TRANSIENT_ERRNOS = {
     errno.ENETUNREACH, errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", errno.EIO),
 }  # fmt: skip
 SINGLE_PUT_LIMIT = 5 * 2**30  # bytes; S3 takes no larger object in one PUT
+SWEEPS = 3  # how often a writer begins again because another process swept its temporary file away
 CREATOR_KEY = "tda-creator"
 
 
@@ -96,7 +97,7 @@ def delete_tree(url: str) -> None:
 def sweep(url: str) -> None:
     """Delete the temporary files that killed writers left below a folder; on S3 there are none, since every write is one PUT.
 
-    A writer still at work below the folder may lose its file: its write fails, and its shard is tried again.
+    A writer still at work below the folder may lose its file: it writes another.
     """
     protocol, path = split(url)
     if protocol == "file":
@@ -236,19 +237,37 @@ def _put_new(path: str, data: bytes, creator: str) -> bool:
 
 
 def _replace_file(path: Path, data: bytes) -> None:
-    with _complete_beside(path, data) as partial:
-        partial.replace(path)
+    def write() -> None:
+        with _complete_beside(path, data) as partial:
+            partial.replace(path)
+
+    _unless_swept(write)
     _sync_folder(path.parent)
 
 
 def _link_file(path: Path, data: bytes) -> bool:
-    with _complete_beside(path, data) as partial:
+    def write() -> bool:
+        with _complete_beside(path, data) as partial:
+            try:
+                path.hardlink_to(partial)
+            except FileExistsError:
+                return False
+        return True
+
+    made = _unless_swept(write)
+    if made:
+        _sync_folder(path.parent)
+    return made
+
+
+def _unless_swept(write: Callable[[], T]) -> T:
+    """Write again where another process swept the temporary file away; a folder that cannot be written to says so at the last try."""
+    for _ in range(SWEEPS):
         try:
-            path.hardlink_to(partial)
-        except FileExistsError:
-            return False
-    _sync_folder(path.parent)
-    return True
+            return write()
+        except FileNotFoundError:
+            continue
+    return write()
 
 
 @contextmanager

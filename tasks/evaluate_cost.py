@@ -36,11 +36,12 @@ def compute_seconds(run: Run) -> np.ndarray[Any, Any]:
 
 
 def _priced(run: Run, kind: str, mark: str) -> float:
-    """Seconds of an artifact: 0 where there is none, NaN where it does not say."""
+    """Seconds of an artifact: 0 where there is none, NaN where it does not say, as where a try was interrupted."""
     if not mark:
         return 0.0
     url = location.join(layout.artifact(run.store, kind, mark), "seconds.json")
-    return float(location.read_json(url)["compute"]) if location.exists(url) else float("nan")
+    found = location.read_json(url)["compute"] if location.exists(url) else None
+    return float("nan") if found is None else float(found)
 
 
 def _scoring(run: Run, members: int) -> float:

@@ -2,11 +2,11 @@
 
     truth.zarr/masks, training_seed, alpha    which examples each subset has, and the seed of every retraining
     truth.zarr/measurement                    (alpha, subset, seed, query)
-    receipts/<alpha>-<subset>-<seed>.json     one per task, written after its chunk; gone when all is done
     complete.json                             last
 
-It depends on the problem, its data and the numbers of the job alone, so every method ever compared reuses it. A task trains up to STACK
-models at once where the problem's models can be stacked, and a single one where they cannot.
+It depends on the problem, its data and the numbers of the job alone, so every method ever compared reuses it. What its models measure is
+gathered from `tasks.retrained`, which knows of no counts: whoever asks for more of the same trains only what is missing. A task trains
+up to STACK models at once where the problem's models can be stacked, and a single one where they cannot.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import torch
 
 from infra import storage
 from tasks import layout
+from tasks.retrained import Block, missing, shared, stored
 from tasks.subject import DTYPES
+from tasks.tensors import read_tensors, write_tensors
 from tda import location, schema
 from tda.data import digest
 from tda.errors import InputError, cause
@@ -34,6 +36,9 @@ from tda.fingerprint import fingerprint
 from tda.problem import Problem, can_fit, load_problem, problem_digest
 from tda.stacked import unstackable
 
+#: Numbers in a chunk of measurements.
+CHUNK = 1 << 22
+
 
 @dataclass(frozen=True)
 class RetrainJob:
@@ -41,6 +46,7 @@ class RetrainJob:
 
     alphas, subsets, seeds: shares of the training set, subsets of each and models per subset; seed: what all of them are drawn from.
     source: the problem's digest when the job was planned. alone: why models are trained one by one; empty where they are stacked.
+    folders: where measurements are kept, by alpha.
     given: a digest of subsets that the caller chose, instead of random ones; alphas are then (1.0,), and all subsets share their seeds,
     so that differences between them are paired.
     """
@@ -56,13 +62,7 @@ class RetrainJob:
     source: str = ""
     alone: str = ""
     given: str = ""
-
-    @property
-    def chunk(self) -> tuple[int, int]:
-        """Subsets and seeds of one task."""
-        if self.alone:
-            return 1, 1
-        return max(1, min(self.subsets, STACK // self.seeds)), min(self.seeds, STACK)
+    folders: tuple[str, ...] = ()
 
     @property
     def models(self) -> int:
@@ -77,32 +77,26 @@ class RetrainJob:
 
 @dataclass(frozen=True)
 class Piece:
-    """One task: a stored chunk of the measurements, that of `job.alphas[alpha]`, its subsets and its seeds."""
+    """One task: an object of measurements, a block of subsets and repeats of `job.alphas[alpha]`."""
 
     job: RetrainJob
     alpha: int
-    subset: int
-    seed: int
+    block: Block
 
     @property
-    def subsets(self) -> range:
-        """Which subsets."""
-        return range(self.subset, min(self.subset + self.job.chunk[0], self.job.subsets))
-
-    @property
-    def seeds(self) -> range:
-        """Which repeats of each."""
-        return range(self.seed, min(self.seed + self.job.chunk[1], self.job.seeds))
-
-    @property
-    def where(self) -> tuple[int, slice, slice]:
-        """Its place in the array."""
-        return self.alpha, slice(self.subsets.start, self.subsets.stop), slice(self.seeds.start, self.seeds.stop)
+    def url(self) -> str:
+        """The object."""
+        return location.join(self.job.folders[self.alpha], f"{self.block.stem}.safetensors")
 
     @property
     def receipt(self) -> str:
-        """What says that it is done."""
-        return location.join(self.job.url, "receipts", f"{self.alpha:03d}-{self.subset:06d}-{self.seed:06d}.json")
+        """What says what it took."""
+        return location.join(self.job.folders[self.alpha], f"{self.block.stem}.json")
+
+    def trouble(self, said: str) -> str:
+        """What is wrong with it."""
+        some = self.block.subsets
+        return f"measurement after retraining, alpha {self.job.alphas[self.alpha]}, subsets {some.start}..{some.stop - 1}: {said}"
 
 
 def chosen_subsets(job: RetrainJob, masks: np.ndarray) -> RetrainJob:
@@ -122,13 +116,14 @@ def plan(store: str, job: RetrainJob) -> RetrainJob:
     _check(job, problem, len(train))
     data = [digest(problem, dataset, split)[0] for dataset, split in ((train, "train"), (query, "query"))]
     source = problem_digest(job.problem, json.loads(job.options))
-    numbers = {"alphas": job.alphas, "subsets": job.subsets, "seeds": job.seeds, "seed": job.seed, "dtype": job.dtype}
-    numbers |= {"given": job.given} if job.given else {}
-    url = layout.artifact(store, "retraining", fingerprint("retraining", problem=source, data=data, **numbers))
+    same = {"problem": source, "data": data, "seed": job.seed, "dtype": job.dtype} | ({"given": job.given} if job.given else {})
+    folders = tuple(layout.artifact(store, "retrained", fingerprint("retrained", alpha=alpha, **same)) for alpha in job.alphas)
+    mark = fingerprint("retraining", alphas=job.alphas, subsets=job.subsets, seeds=job.seeds, **same)
+    url = layout.artifact(store, "retraining", mark)
     created = location.join(url, "created.json")
-    # How it is cut into chunks was settled by who began it.
+    # Whether models are stacked was settled by who began it.
     alone = location.read_json(created)["alone"] if location.exists(created) else unstackable(problem, train, dtype=_dtype(job))
-    return replace(job, url=url, source=source, alone=alone)
+    return replace(job, url=url, source=source, alone=alone, folders=folders)
 
 
 def _check(job: RetrainJob, problem: Problem, examples: int) -> None:
@@ -170,7 +165,8 @@ def create(job: RetrainJob, chosen: np.ndarray | None = None) -> None:
     shape = (len(job.alphas), job.subsets, job.seeds)
     group = location.open_group(job.zarr, "a")
     group.attrs.update({"schema_version": schema.SCHEMA_VERSION, "alone": job.alone})
-    layout.ensure_array(group, "measurement", (*shape, len(query)), (1, *job.chunk, len(query)))
+    per_chunk = max(1, CHUNK // (job.seeds * len(query)))
+    layout.ensure_array(group, "measurement", (*shape, len(query)), (1, min(per_chunk, job.subsets), job.seeds, len(query)))
     masks = (
         chosen[None] if chosen is not None else np.stack([subsets.masks(len(train), alpha, job.subsets, job.seed) for alpha in job.alphas])
     )
@@ -188,9 +184,9 @@ def _seeds(job: RetrainJob) -> np.ndarray:
 
 
 def pieces(job: RetrainJob) -> list[Piece]:
-    """All tasks."""
-    subset, seed = job.chunk
-    return [Piece(job, a, s, r) for a in range(len(job.alphas)) for s in range(0, job.subsets, subset) for r in range(0, job.seeds, seed)]
+    """The tasks that are left."""
+    most = 1 if job.alone else STACK
+    return [Piece(job, a, block) for a, folder in enumerate(job.folders) for block in missing(stored(folder), job.subsets, job.seeds, most)]
 
 
 def retrain_piece(piece: Piece) -> dict[str, Any]:
@@ -200,16 +196,17 @@ def retrain_piece(piece: Piece) -> dict[str, Any]:
         InputError: a measurement is not finite; the query, the subset and the seed are named.
     """
     started, job = time.perf_counter(), piece.job
-    if location.exists(piece.receipt) or layout.is_complete(job.url):
+    if location.exists(piece.url) or layout.is_complete(job.url):
         return {"seconds": 0.0, "models": 0}
     problem, train, query = _opened(job.problem, job.options, job.source)
-    group: Any = location.open_group(job.zarr, "r+")
-    chosen, seeds = np.asarray(group["masks"][piece.where[:2]]), np.asarray(group["training_seed"][piece.where])
-    ids = [np.flatnonzero(mask).tolist() for mask in chosen for _ in piece.seeds]
+    group: Any = location.open_group(job.zarr, "r")
+    where = (piece.alpha, *piece.block.where)
+    chosen, seeds = np.asarray(group["masks"][where[:2]]), np.asarray(group["training_seed"][where])
+    ids = [np.flatnonzero(mask).tolist() for mask in chosen for _ in piece.block.repeats]
     found = retrained(problem, train, query, ids, seeds.ravel().tolist(), dtype=_dtype(job), stacked=not job.alone)
-    measured = found.view(*seeds.shape, -1).numpy()
-    _check_finite(piece, measured)
-    group["measurement"][piece.where] = measured
+    measured = found.view(*seeds.shape, -1)
+    _check_finite(piece, measured.numpy())
+    write_tensors(piece.url, {"measurement": measured})
     told = {"seconds": time.perf_counter() - started, "models": len(ids)}
     storage.write_json(piece.receipt, told)
     return told
@@ -219,39 +216,74 @@ def _check_finite(piece: Piece, measured: np.ndarray) -> None:
     bad = np.argwhere(~np.isfinite(measured))
     if len(bad):
         subset, seed, query = (int(i) for i in bad[0])
+        block, alpha = piece.block, piece.job.alphas[piece.alpha]
         raise InputError(
-            f"the measurement of query {query} is {measured[subset, seed, query]} after retraining on subset {piece.subsets[subset]} of "
-            f"alpha = {piece.job.alphas[piece.alpha]} with repeat {piece.seeds[seed]} (queries with such values: {len(set(bad[:, 2]))}); "
+            f"the measurement of query {query} is {measured[subset, seed, query]} after retraining on subset {block.subsets[subset]} of "
+            f"alpha = {alpha} with repeat {block.repeats[seed]} (queries with such values: {len(set(bad[:, 2]))}); "
             "training diverged, or the measurement has no value there: mend one of them or leave the query out"
         )
 
 
 def finish(job: RetrainJob) -> dict[str, Any]:
-    """Read every chunk back, write the completion marker, drop the receipts.
+    """Gather what was measured, read it back, write the completion marker.
 
-    Where a value is missing or a chunk damaged, its receipt is deleted, so that the same command trains it again, and an
-    ArithmeticError says so.
+    Where a value is missing or an object damaged, the object is deleted, so that the same command trains it again, and an ArithmeticError
+    says so.
     """
     started = time.perf_counter()
     if not layout.is_complete(job.url):
-        group: Any = location.open_group(job.zarr, "r")
+        group: Any = location.open_group(job.zarr, "r+")
+        for a in range(len(job.alphas)):
+            group["measurement"][a] = _gathered(job, a, group["measurement"].shape[3])
         schema.validate(group, ["masks", "measurement", "training_seed", "alpha"])
-        wrong = [(piece, said) for piece in pieces(job) if (said := _wrong(group["measurement"], piece.where))]
-        for piece, _ in wrong:
-            storage.delete(piece.receipt)
-        if wrong:
-            piece, said = wrong[0]
-            raise ArithmeticError(
-                f"measurement after retraining, alpha {job.alphas[piece.alpha]}, subsets {piece.subsets.start}..{piece.subsets.stop - 1}: "
-                f"{said} ({len(wrong)} such chunks); the next try trains them again"
-            )
+        if said := _wrong(group["measurement"], ...):
+            raise ArithmeticError(f"measurements after retraining: {said}; the next try gathers them again")
         storage.sweep(job.url)
         storage.create_once(location.join(job.url, "complete.json"), json.dumps({"models": job.models, "alone": job.alone}).encode())
-        storage.delete_tree(location.join(job.url, "receipts"))
     return {"seconds": time.perf_counter() - started}
 
 
-def _wrong(array: Any, where: tuple[Any, ...]) -> str:
+def _gathered(job: RetrainJob, alpha: int, queries: int) -> np.ndarray:
+    """(subset, seed, query) of an alpha."""
+    found, wrong = np.full((job.subsets, job.seeds, queries), np.nan), []
+    for block, mine in shared(stored(job.folders[alpha]), job.subsets, job.seeds):
+        piece = Piece(job, alpha, block)
+        try:
+            values = read_tensors(piece.url)["measurement"].numpy()
+            whole = np.full((max(job.subsets, block.subsets.stop), max(job.seeds, block.repeats.stop), queries), np.nan)
+            whole[block.where] = values
+            found[mine] = whole[: job.subsets, : job.seeds][mine]
+            said = "" if np.isfinite(values).all() else "a value is not finite"
+        except (InputError, OSError):  # the store's trouble, not the object's
+            raise
+        except Exception as error:  # noqa: BLE001  (a damaged object may raise anything)
+            said = f"cannot be read ({cause(error)})"
+        if said:
+            storage.delete(piece.url)
+            wrong.append(piece.trouble(said))
+    if wrong:
+        raise ArithmeticError(f"{wrong[0]} ({len(wrong)} such objects); the next try trains them again")
+    gone = np.argwhere(~np.isfinite(found))
+    if len(gone):
+        subset = int(gone[0][0])
+        piece = Piece(job, alpha, Block(range(subset, subset + 1), range(1)))
+        raise ArithmeticError(f"{piece.trouble('values are missing')}; the next try trains them")
+    return found
+
+
+def spent(job: RetrainJob) -> float | None:
+    """Seconds of work behind all of the job's models, whoever trained them; None where a try was killed before it could say."""
+    total = 0.0
+    for a, folder in enumerate(job.folders):
+        for block, mine in shared(stored(folder), job.subsets, job.seeds):
+            url = Piece(job, a, block).receipt
+            if not location.exists(url):
+                return None
+            total += float(location.read_json(url)["seconds"]) * float(mine.sum()) / block.models
+    return total
+
+
+def _wrong(array: Any, where: Any) -> str:
     """What is wrong with a part of an array; empty where nothing is."""
     try:
         return "" if np.isfinite(array[where]).all() else "a value is missing or not finite"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tda
-from flows import cli, league
+from flows import cli, league, stages
 from flows import evaluate as flow
 from flows.config import load_config
 from flows.evaluate import evaluate_run
@@ -353,6 +353,20 @@ def test_the_untrained_model_is_left_out_for_good_only_where_it_cannot_be_scored
         torch.manual_seed(member)
         model = load_problem(load_config(config).problem, {}).model()
         assert checkpoint.digest(checkpoint.parse(weights.read_bytes(), "")) != checkpoint.digest(dict(model.state_dict()))
+
+
+def test_a_fit_that_was_interrupted_has_no_price_and_another_has(tmp_path, monkeypatch) -> None:
+    session = SimpleNamespace(spent=1.0)
+    monkeypatch.setattr(stages, "here", lambda: session)
+    told = []
+    for tries in (1, 2):
+        url = f"file://{tmp_path}/{tries}"
+        for _ in range(tries):
+            before = stages._begin(url)
+        session.spent += 2.5
+        stages._price(url, before)
+        told.append(location.read_json(f"{url}/seconds.json")["compute"])
+    assert told == [2.5, None]
 
 
 def test_self_influence_that_is_the_same_for_all_is_not_held_against_wrong_labels() -> None:

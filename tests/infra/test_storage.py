@@ -238,3 +238,19 @@ def test_readers_never_see_half_an_object(tmp_path: Path) -> None:
             write_bytes(url, versions[i % 4])
         stop.set()
         assert all(each.result() for each in looks)
+
+
+@pytest.mark.parametrize("write", ["write_bytes", "create_once"])
+def test_a_writer_whose_temporary_file_another_process_sweeps_away_writes_again(tmp_path, monkeypatch, write):
+    sync, swept = os.fsync, []
+
+    def sweeping(descriptor):
+        sync(descriptor)
+        if len(swept) < 2:
+            swept.append(storage.sweep(f"file://{tmp_path}"))
+
+    monkeypatch.setattr(os, "fsync", sweeping)
+    getattr(storage, write)(f"file://{tmp_path}/folder/object", b"data")
+    assert len(swept) == 2
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["object"]
+    assert (tmp_path / "folder" / "object").read_bytes() == b"data"

@@ -3,6 +3,8 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from infra import storage
 from tasks import plan as plans
 from tasks.evaluate_cost import compute_seconds
@@ -43,3 +45,6 @@ def test_a_fit_that_methods_share_is_priced_for_each_and_never_as_another_method
     run = SimpleNamespace(store=f"file://{tmp_path}/store", url=f"file://{tmp_path}/store/runs/none", manifest=told)
     wanted = [sum(price[url] for url in scored.directions.fits) for scored in plan.first.scores.methods]
     assert compute_seconds(run).tolist() == wanted == [1 + 2 + 4, 8 + 16 + 32, 8 + 16 + 32, 64, 0]
+    interrupted = plan.first.scores.methods[3].directions.fits[0]
+    storage.write_json(f"{interrupted}/seconds.json", {"compute": None})
+    np.testing.assert_array_equal(compute_seconds(run), [*wanted[:3], np.nan, 0])

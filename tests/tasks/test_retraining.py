@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from infra import storage
 from tasks import retraining
-from tasks.retraining import RetrainJob, load_truth, pieces, plan, retrain_piece
+from tasks.retrained import Block, missing, shared, stored
+from tasks.retraining import Piece, RetrainJob, load_truth, pieces, plan, retrain_piece
 from tda import InputError, location
 from tda.evaluation.retraining import measure, retrain
 from tda.evaluation.subsets import masks
@@ -82,7 +84,7 @@ def run(planned: RetrainJob, order: int = 1) -> None:
 def test_every_measurement_is_that_of_its_subset_and_seed_trained_alone(spec, store, name):
     planned = plan(store, job(spec, name))
     assert bool(planned.alone) == (name == "Alone")
-    assert planned.chunk == ((1, 1) if planned.alone else (7, 3))
+    assert len(pieces(planned)) == (2 * 7 * 3 if planned.alone else 2)
     run(planned)
     truth = load_truth(planned.url)
     problem = load_problem(spec + name)
@@ -108,7 +110,6 @@ def test_tasks_in_another_order_give_the_same_bytes(spec, store, small_pieces):
     run(second, order=-1)
     assert objects(first.url) == objects(second.url)
     assert first.url.rpartition("/")[2] == second.url.rpartition("/")[2]
-    assert not [name for name in objects(first.url) if name.startswith("receipts/")]
 
 
 @pytest.mark.parametrize("place", ["before a chunk", "before its receipt", "while it was created"])
@@ -130,9 +131,9 @@ def test_a_killed_retraining_goes_on_and_gives_the_same_bytes(spec, store, small
     monkeypatch.undo()
     monkeypatch.setattr(retraining, "STACK", 6)
     again = plan(store, job(spec))
-    trained = [retrain_piece(piece)["models"] for piece in pieces(again)] if place != "while it was created" else []
-    if trained:
-        assert trained[2] == 0
+    every = [(piece.alpha, piece.block) for piece in pieces(plan(store + "-fresh", job(spec)))]
+    left = {"before a chunk": [*every[:2], *every[3:]], "before its receipt": [every[1], *every[3:]], "while it was created": every}[place]
+    assert [(piece.alpha, piece.block) for piece in pieces(again)] == left
     run(again)
     assert objects(planned.url) == objects(undisturbed.url)
 
@@ -146,16 +147,20 @@ def test_what_is_complete_is_not_trained_again(spec, store, monkeypatch):
     assert objects(planned.url) == before
 
 
-def test_a_chunk_lost_or_damaged_after_its_receipt_is_told_and_trained_again(spec, store, small_pieces):
+def test_an_object_lost_or_damaged_is_told_and_trained_again(spec, store, small_pieces):
     planned, whole = plan(store, job(spec)), plan(store + "-whole", job(spec))
     run(whole)
     retraining.create(planned)
     for piece in pieces(planned):
         retrain_piece(piece)
-    chunks = sorted(file for file in Path(planned.zarr.removeprefix("file://"), "measurement", "c").rglob("*") if file.is_file())
-    chunks[0].unlink()
-    chunks[3].write_bytes(b"damage")
-    with pytest.raises(ArithmeticError, match=r"alpha 0\.3, subsets 0\.\.1: .*2 such chunks\); the next try trains them again"):
+    kept = sorted(Path(planned.folders[0].removeprefix("file://")).glob("*.safetensors"))
+    kept[0].unlink()
+    kept[3].write_bytes(b"damage")
+    with pytest.raises(
+        ArithmeticError, match=r"alpha 0\.3, subsets 6\.\.6: cannot be read .*1 such objects\); the next try trains them again"
+    ):
+        retraining.finish(planned)
+    with pytest.raises(ArithmeticError, match=r"alpha 0\.3, subsets 0\.\.0: values are missing; the next try trains them"):
         retraining.finish(planned)
     run(planned)
     assert objects(planned.url) == objects(whole.url)
@@ -169,7 +174,63 @@ def test_other_numbers_data_or_code_are_another_truth(spec, store, tmp_path):
     assert len(urls) == 7
 
 
-def test_who_goes_on_keeps_to_the_chunks_of_who_began(spec, store, monkeypatch):
+def test_more_subsets_seeds_or_alphas_train_only_what_is_missing_and_fewer_nothing(spec, store, small_pieces, monkeypatch):
+    first = plan(store, job(spec))
+    run(first)
+    known = load_truth(first.url)
+    more = plan(store, job(spec, alphas=(0.5, 0.7), subsets=9, seeds=5))
+    assert sum(piece.block.models for piece in pieces(more)) == (9 * 5 - 7 * 3) + 9 * 5
+    assert max(piece.block.models for piece in pieces(more)) <= 6
+    run(more)
+    fresh = plan(store + "-fresh", job(spec, alphas=(0.5, 0.7), subsets=9, seeds=5))
+    run(fresh)
+    found, wanted = load_truth(more.url), load_truth(fresh.url)
+    for name in ("masks", "training_seed"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+    np.testing.assert_allclose(found.measurement, wanted.measurement, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(found.measurement[0, :7, :3], known.measurement[1])
+    before = objects(first.url)
+    monkeypatch.setattr(retraining, "retrained", None)
+    for fewer in ({"alphas": (0.7,), "subsets": 3, "seeds": 5}, {"subsets": 5, "seeds": 1}):
+        asked = plan(store, job(spec, **fewer))
+        assert pieces(asked) == []
+        run(asked)
+        again = load_truth(asked.url)
+    np.testing.assert_array_equal(again.measurement, known.measurement[:, :5, :1])
+    assert objects(first.url) == before
+
+
+def test_a_retraining_is_priced_by_the_work_of_all_tries_and_not_at_all_where_one_could_not_say(spec, store, small_pieces):
+    planned = plan(store, job(spec))
+    retraining.create(planned)
+    spent = [retrain_piece(piece)["seconds"] for piece in pieces(planned)[:3]]
+    spent += [retrain_piece(piece)["seconds"] for piece in pieces(planned)]  # as after a kill
+    assert retraining.spent(planned) == pytest.approx(sum(spent))
+    half = plan(store, job(spec, alphas=(0.3,), seeds=1))
+    assert 0 < retraining.spent(half) < sum(spent)
+    storage.delete(Piece(planned, 0, stored(planned.folders[0])[0]).receipt)
+    assert retraining.spent(planned) is None
+
+
+def test_blocks_that_are_missing_cover_what_is_missing_once():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        subsets, repeats, most = (int(n) for n in rng.integers(1, 12, 3))
+        held = [Block(range(a, a + n), range(b, b + m)) for a, n, b, m in rng.integers(1, 6, (int(rng.integers(4)), 4)).tolist()]
+        found, count = missing(held, subsets, repeats, most), np.zeros((subsets, repeats), int)
+        for block in held:
+            count[block.where] = 1
+        for block in found:
+            assert block.models <= most
+            count[block.where] += 1
+        assert (count == 1).all()
+        assert sum(mine.sum() for _, mine in shared([*held, *found], subsets, repeats)) == subsets * repeats
+        # Whatever was done of them before a kill, the others are asked for again.
+        done = [block for block in found if rng.random() < 0.5]
+        assert missing([*held, *done], subsets, repeats, most) == [block for block in found if block not in done]
+
+
+def test_who_goes_on_keeps_to_the_choice_of_who_began(spec, store, monkeypatch):
     planned = plan(store, job(spec))
     retraining.create(planned)
     monkeypatch.setattr(retraining, "unstackable", lambda *_, **__: "another machine says no")
@@ -206,6 +267,7 @@ def test_a_measurement_that_is_not_finite_is_named_and_nothing_of_it_stored(spec
     with pytest.raises(InputError, match=r"the measurement of query 2 is nan after retraining on subset 0 of alpha = 0\.3 with repeat 0"):
         retrain_piece(pieces(planned)[0])
     assert not location.exists(pieces(planned)[0].receipt)
+    assert not location.exists(pieces(planned)[0].url)
 
 
 def test_a_truth_under_way_is_not_read(spec, store):
