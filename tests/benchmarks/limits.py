@@ -13,7 +13,8 @@ import time
 import numpy as np
 import torch
 
-from tda.evaluation.lds import ceiling, lds
+from tda.evaluation.ceiling import mean_ceiling
+from tda.evaluation.lds import lds
 from tda.evaluation.retraining import retrained
 from tda.evaluation.subsets import masks
 from tda.problems.digits import Digits
@@ -49,7 +50,7 @@ def main():
     problem = Digits(queries=given.queries, measurement="margin")
     train = problem.train_data()
     judged = ground_truth(problem, given.subsets, given.seeds)[:2]
-    print(f"noise ceiling over the reported queries: {ceiling(judged[1])[1::2].mean():.3f}", flush=True)
+    print(f"noise ceiling over the reported queries: {mean_ceiling(judged[1][..., 1::2])[0]:.3f}", flush=True)
 
     started = time.perf_counter()
     scores = np.concatenate([influence(problem, seed, GGN) for seed in range(given.models)])
