@@ -1,0 +1,48 @@
+"""Losses and measurements of every example under many copies of a model, in float64 from the copies' outputs.
+
+Shape suffixes: M copies, B examples, K classes, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tda.errors import InputError
+from tda.likelihoods import Categorical, Likelihood, TokenCategorical
+from tda.problem import Problem
+
+
+def example_losses(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+    """-log p(targets | outputs), (M, B) float64 in nats; outputs (M, B, ...), targets (B, ...) shared by the copies."""
+    if type(likelihood) is Categorical:
+        # Classes in front: along a few of them in a row a softmax costs more than the model.
+        log_MKB = torch.log_softmax(outputs.transpose(1, 2), 1, dtype=torch.float64)
+        return log_MKB.gather(1, targets.expand(len(outputs), 1, -1)).squeeze(1).neg_()
+    return likelihood.loss(outputs.flatten(0, 1).double(), _repeated(targets, outputs)).view(outputs.shape[:2])
+
+
+def token_losses(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Each token's part of its example's loss, (M, B, T) float64: 0 where it is ignored; the sum over T is the example's loss.
+
+    Raises:
+        InputError: the likelihood is not of tokens.
+    """
+    if not isinstance(likelihood, TokenCategorical):
+        raise InputError(f"tokens = true needs the likelihood TokenCategorical, got {type(likelihood).__name__}; set tokens = false")
+    log_MBTV = torch.log_softmax(outputs, -1, dtype=torch.float64)
+    labelled_BT = targets != likelihood.ignore_index
+    chosen = targets.where(labelled_BT, 0).expand(len(outputs), *targets.shape)[..., None]
+    found = log_MBTV.gather(-1, chosen).squeeze(-1).neg_() * labelled_BT
+    return found if likelihood.reduction == "sum" else found / labelled_BT.sum(1, keepdim=True).clamp(min=1)
+
+
+def measurements(problem: Problem, outputs: Tensor, targets: Tensor) -> Tensor:
+    """f(w) of each query, (M, B) float64."""
+    return problem.measurement(outputs.flatten(0, 1).double(), _repeated(targets, outputs)).double().view(outputs.shape[:2])
+
+
+def _repeated(targets_B: Tensor, outputs_MB: Tensor) -> Tensor:
+    """The targets of all copies, one after another, (M B, ...); real ones in float64."""
+    found = targets_B.expand(len(outputs_MB), *targets_B.shape).flatten(0, 1)
+    return found.double() if found.is_floating_point() else found
