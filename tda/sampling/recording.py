@@ -109,10 +109,10 @@ class Recorder:
         kept = {f.name: value for f in fields(recorded) if f.name != "batch_loss" and (value := getattr(recorded, f.name)) is not None}
         steps = [options.burn_in + (draw + 1) * options.thinning - piece.start for draw in piece.draws]
         # A sum is finite only where all its terms are.
-        good_CT = torch.stack([value.flatten(2).sum(2) if value.ndim > 2 else value for value in kept.values()]).isfinite().all(0)
+        good_CT = torch.stack([value.flatten(2).sum(2) if value.ndim > 2 else value for value in kept.values()]).isfinite().all(0).tolist()
         for c, chain in enumerate(state.chains):
             until = int(recorded.batch_loss[c].isfinite().sum())  # steps until the batch's loss was no number
-            bad = [t for t, step in enumerate(steps) if step >= until + (until == piece.stop - piece.start) or not good_CT[c, t]]
+            bad = [t for t, step in enumerate(steps) if step >= until + (until == piece.stop - piece.start) or not good_CT[c][t]]
             if not bad:
                 continue
             if chain not in state.lost:
