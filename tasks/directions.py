@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from tasks import dense, projection, retraining
+from tasks import dense, projection, retraining, sampling
 from tasks.factors import fitted
 from tasks.subject import Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
@@ -77,9 +77,11 @@ class DirectionJob:
 
 
 def load_fit(fit: Fit, url: str, subject: Subject) -> tuple[Any, ...]:
-    """A completed fit: one Factor per block, the Spectra of a dense one or of projected gradients, or the Truth of a retraining."""
+    """A completed fit: one Factor per block, Spectra (dense, or of projected gradients), the Truth of a retraining, Trajectories chains."""
     if fit.kind == "retraining":
         return truth(url)
+    if fit.kind == "chains":
+        return sampling.load(url)
     if fit.kind == "projection":
         return projection.load(url)
     return fitted(url, subject) if fit.kind == "kronecker" else spectra(url)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from tda.errors import InputError
 from tda.methods.astra_source import AstraSource
+from tda.methods.bif import Bif
 from tda.methods.datainf import DataInf
 from tda.methods.dtda import Dtda
 from tda.methods.ekfac import EKFAC
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
     "dtda": Dtda,
     "random": Random,
     "representation": Representation,
+    "bif": Bif,
 }
 
 

@@ -44,6 +44,9 @@ class Method(BaseModel):
     #: Whether scores are divided by the norms of both gradients.
     cosine: ClassVar[bool] = False
     unit: ClassVar[str] = INFLUENCE_UNIT
+    #: Whether what scores directly also gives standard errors, and influences of training examples on their own losses.
+    has_stderr: ClassVar[bool] = False
+    has_own: ClassVar[bool] = False
 
     @property
     def title(self) -> str:
@@ -99,6 +102,9 @@ class Method(BaseModel):
         del attributed, seed
         return [None] * len(segments) if segments else [self.own(curvature)]
 
-    def direct(self, kept: Mapping[str, Tensor]) -> Direct | None:
-        """What scores training examples without directions, from what `directions` kept of the queries; None: inner products do."""
+    def direct(self, kept: Mapping[str, Tensor], fits: Sequence[Any] = ()) -> Direct | None:
+        """What scores training examples without directions, from what `directions` kept of the queries; None: inner products do.
+
+        fits: the method's, as `Work.curvature` holds them.
+        """
         return None
