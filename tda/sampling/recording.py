@@ -21,7 +21,7 @@ from tda.sampling.losses import example_losses, measurements, token_losses
 from tda.sampling.options import Piece
 
 #: Numbers of the widest activation of all copies at once: few enough that they stay in the cache, where every pass over them is cheap ...
-CACHED = 1 << 17
+CACHED = 1 << 18
 #: ... but so many where the model is large, for its products' sake.
 HELD = 1 << 23
 #: Numbers of weights that wait for their evaluation, and draws that they may be.

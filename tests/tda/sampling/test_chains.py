@@ -4,9 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tda
 from tda.modules import inspect
+from tda.sampling import ensembles
 from tda.sampling.batches import Batches, Noise
 from tda.sampling.chains import advance, landscape, start, state_from, state_tensors
 from tda.sampling.ensembles import OneByOne, Stacked
@@ -206,6 +208,40 @@ def test_a_step_size_far_too_large_loses_every_chain_and_says_at_which_step():
     after, nothing = advance(shared, state, 70)
     assert bool(nothing.isnan().all())
     assert after.step == 70
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result Python waits for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", ["sgld", "rmsprop"])
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("make", [mlp, Residual])
+def test_steps_wait_for_no_number(make, together, sampler):
+    problem, attributed = classes(make)
+    shared = landscape(attributed, Sampling(**NUMBERS, sampler=sampler, together=together), problem.train_data())
+    counts = []
+    for steps in (10, 60):
+        with Waits() as waits:
+            advance(shared, start(shared, range(together)), steps, lambda _, weights: weights.clone())
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+    with Waits() as waits:
+        float(torch.ones(2).sum())
+    assert waits.count == 1
+
+
+def test_a_model_that_fills_a_device_advances_one_chain_at_a_time(monkeypatch):
+    problem, attributed = classes(Residual)
+    monkeypatch.setattr(ensembles, "STACKED", 50)
+    shared = landscape(attributed, Sampling(**NUMBERS), problem.train_data())
+    assert shared.how == "one by one: 76 parameters are enough to fill a device"
 
 
 def test_batch_norm_without_running_statistics_is_refused():
