@@ -30,7 +30,7 @@ def print_sampled(found: Sequence[Sampled]) -> None:
 
 def verdict(told: dict[str, Any]) -> str:
     """A verdict in a word or two, of diagnostics.json."""
-    return "not trustworthy" if told["verdict"] else "trustworthy"
+    return "to be read with care" if told["verdict"] else "nothing found against them"
 
 
 def _row(each: Sampled) -> list[str]:

@@ -256,8 +256,17 @@ def _print_summary(summary: "RunSummary") -> None:
     _print_examples(opened)
     typer.echo(f"\nrun      {summary.run_id}")
     typer.echo(f"reused   {', '.join(summary.reused) or 'nothing: all was computed'}")
+    for title, told in opened.manifest.get("sampling", {}).items():
+        typer.echo(f"chains   {title}: {_verdict(told)}")
     typer.echo(f"report   {_readable(summary.report_url)}")
     typer.echo(f'open     import tda; run = tda.open_run("{_readable(summary.store)}", "{summary.run_id}")')
+
+
+def _verdict(told: "Mapping[str, Any]") -> str:
+    from flows.chains import verdict
+
+    said = [line for each in (told, *told.get("members", [])) for line in each["verdict"]]
+    return f"{verdict({'verdict': said})}{'; see the report: ' if said else ''}{said[0] if said else ''}"
 
 
 def _print_examples(opened: "Run") -> None:

@@ -42,7 +42,7 @@ def diagnosis(stored: Trajectories) -> dict[str, Any]:
 
 
 #: Series of which there is one number per draw, by the names that verdicts use.
-_WHOLE = {"train loss": "mean_loss", "distance": "distance"}
+_WHOLE = {"train loss": "mean_loss_train", "distance": "distance"}
 
 
 def _evenly(count: int) -> Sequence[int]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Shades of a token: the strongest of a sequence's scores is the darkest.
 SHADES = 6
+#: Points of the trace of the batches' losses: one step's is mostly noise of its batch.
+SMOOTHED = 150
 #: Tokens of a sequence that are shown.
 MOST_TOKENS = 256
 
@@ -63,9 +65,12 @@ def sampled(run: Run, place: int) -> dict[str, Any] | None:
     data = run.trajectories_of(title)
     steps, burn_in, thinning = int(data.sizes["step"]), int(told["options"]["burn_in"]), int(told["options"]["thinning"])
     drawn = burn_in + thinning * (1 + np.arange(data.sizes["draw"]))
+    width = -(-steps // SMOOTHED)
+    each = data["batch_loss"].to_numpy()
+    losses = np.stack([each[:, k : k + width].mean(1) for k in range(0, steps, width)], 1)
     charts = {
-        "Loss of the batches": traces(data["batch_loss"].to_numpy(), np.arange(steps), steps, burn_in),
-        "Mean training loss, less that of the checkpoint": traces(data["mean_loss"].to_numpy(), drawn, steps, burn_in),
+        "Loss of the batches": traces(losses, np.arange(0, steps, width), steps, burn_in),
+        "Training loss above the checkpoint's": traces(data["mean_loss_train"].to_numpy(), drawn, steps, burn_in),
         "Distance from the checkpoint": traces(data["distance"].to_numpy(), drawn, steps, burn_in),
     }
     numbers = [
@@ -74,7 +79,7 @@ def sampled(run: Run, place: int) -> dict[str, Any] | None:
         {"name": "local learning coefficient", "value": told["llc"], "error": told["llc_stderr"]},
         {"name": "distance from the checkpoint", "value": told["distance"], "error": None},
     ]
-    return {**told, "charts": charts, "numbers": numbers, "colours": min(COLOURS, data.sizes["chain"])}
+    return {**told, "charts": charts, "numbers": numbers, "smoothed": width, "colours": min(COLOURS, data.sizes["chain"])}
 
 
 def _known(by_series: dict[str, float | None], of: Callable[[list[float]], float]) -> float:

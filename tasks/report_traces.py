@@ -65,7 +65,7 @@ def traces(values: np.ndarray[Any, Any], at: np.ndarray[Any, Any], steps: int, b
         places = _shown(row, at, steps)
         points = " ".join(f"{x(at[p]):.1f},{y(row[p]):.1f}" for p in places)
         lines.append(Line(chain, chain % COLOURS, points))
-    ticks = [Tick(float(y(value)), number(value, 2)) for value in (least, (least + most) / 2, most)]
+    ticks = [Tick(float(y(value)), number(value)) for value in (least, (least + most) / 2, most)]
     ends = [Tick(float(x(0)), "0", "start"), Tick(float(x(steps)), f"{steps:,} steps", "end")]
     return Traces(tuple(lines), tuple(ends), tuple(ticks), float(x(burn_in)) if burn_in else None, least, most)
 

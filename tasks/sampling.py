@@ -117,7 +117,7 @@ def _create(job: SampleJob, sampling: Sampling, tokens: tuple[int, int] | None) 
     if tokens is not None:
         for name, n, k in (("token_loss_train", job.examples, tokens[0]), ("token_loss_query", job.queries, tokens[1])):
             layout.ensure_array(group, name, (c, t, n, k), (*rows, min(n, chunk_examples(c, t, k)), k))
-    for name in ("mean_loss", "distance"):
+    for name in ("mean_loss_train", "distance"):
         layout.ensure_array(group, name, (c, t), rows)
     layout.ensure_array(group, "batch_loss", (c, sampling.steps), (rows[0], sampling.steps))
     location.seal(job.zarr)
@@ -175,7 +175,7 @@ def _write(job: SampleJob, chains: range, piece: Piece, recorded: Recorded) -> N
         return
     group, where = _group(job), (slice(chains.start, chains.stop), slice(piece.draws.start, piece.draws.stop))
     found = {name: getattr(recorded, name) for name in ("loss_train", "loss_query", "measurement_query", "distance")}
-    found["mean_loss"] = recorded.loss_train.double().mean(2)
+    found["mean_loss_train"] = recorded.loss_train.double().mean(2)
     if job.tokens:
         found |= {"token_loss_train": recorded.token_loss_train, "token_loss_query": recorded.token_loss_query}
     for name, values in found.items():

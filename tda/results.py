@@ -153,10 +153,9 @@ class Run:
 
     @property
     def stderr(self) -> xr.DataArray:
-        """Standard errors (method, query, train) of the influence, float32, lazily.
+        """Standard errors (method, query, train) of the influence, float32, lazily; NaN for methods without.
 
-        Of an ensemble, over its models, whose spread holds what each of them sampled. Of a single model, of the methods that sample (bif);
-        NaN for the others.
+        Of an ensemble, over its models, whose spread holds what each of them sampled; of a single model, where a method samples (bif).
 
         Raises:
             NotStored: nothing of the run has an error estimate.
@@ -207,9 +206,7 @@ class Run:
     def trajectories_of(self, method: str | None = None, member: int = 0) -> xr.Dataset:
         """Losses along the chains of a method that samples, less those at the checkpoint, lazily; NaN where a chain was lost.
 
-        loss_train (chain, draw, train), loss_query and measurement_query (chain, draw, query), mean_loss and distance (chain, draw),
-        batch_loss (chain, step), and where tokens were asked for token_loss_train (chain, draw, train, train_token) and
-        token_loss_query. Attributes: the options as they were used, the convention of the step size, lost chains, and diagnostics.
+        docs/bif.md names its arrays. Attributes: the options as they were used, the step size's convention, lost chains, diagnostics.
 
         Raises:
             NotStored: the method does not sample, or none does.
@@ -221,13 +218,12 @@ class Run:
     def token_influence(
         self, query: int, train: Sequence[int], method: str | None = None, *, by_query_token: bool = False, member: int = 0
     ) -> xr.DataArray:
-        """The influence of single tokens of training examples on a query, (train, train_token); 0 where a token has no label.
+        """The influence of single tokens of training examples on a query, (train, train_token), computed now; 0 where there is no label.
 
-        Computed now, from the trajectories of these examples alone. by_query_token: on the loss of each token of the query,
-        (train, train_token, query_token). Sums over tokens are the influence, where the measurement is the loss.
+        by_query_token: on the loss of each of the query's tokens, (train, train_token, query_token). Sums are the sequence's influence.
 
         Raises:
-            NotStored: no losses of single tokens were stored: `tokens = true` of a method that samples asks for them.
+            NotStored: no losses of single tokens are stored.
             InputError: no such query or training example.
         """
         from tda.sampled import token_influence

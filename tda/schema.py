@@ -199,7 +199,7 @@ _TRAJECTORIES = (
         "",
         _NAN,
     ),
-    ArraySpec("mean_loss", ("chain", "draw"), _WIDE, "mean over the training set of l(w) - l(w*)", "nats", fill=_NAN),
+    ArraySpec("mean_loss_train", ("chain", "draw"), _WIDE, "mean over the training set of l(w) - l(w*)", "nats", fill=_NAN),
     ArraySpec("distance", ("chain", "draw"), _SINGLE, "||w - w*|| over the attributed parameters", fill=_NAN),
     ArraySpec("batch_loss", ("chain", "step"), _SINGLE, "mean loss of a step's batch, before it; burn-in included", "nats", fill=_NAN),
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tda.attributed import Attributed
 from tda.errors import InputError
+from tda.sampling.diagnostics import ESS
 from tda.sampling.options import Sampling
 from tda.sampling.sampler import FLOOR
 from tda.sampling.tuning import DRAWS_IN_MODE, PART, Curvature, Tuned, default_n_beta, tune
@@ -107,12 +108,17 @@ def _tuned(attributed: Attributed, dataset: Any, options: Mapping[str, Any], n_b
 
 
 def _least(options: Mapping[str, Any], stiffness: float, scale: float) -> float:
-    """The least localization whose slowest direction the draws see DRAWS_IN_MODE times; stiffness: n_beta sigma_max."""
+    """The least localization whose slowest direction a chain sees often enough; stiffness: n_beta sigma_max."""
     steps = MARGIN * options["draws"] * options["thinning"]
     if options["step_size"] != "auto":
-        return float(2 * DRAWS_IN_MODE / (options["step_size"] * scale * steps))
+        return float(2 * seen(options) / (options["step_size"] * scale * steps))
     # From step_size = PART x 4 / (scale (stiffness + localization)), so that scale falls out. Too few steps mix nothing but the prior.
-    return float(stiffness / max(2 * PART * steps / DRAWS_IN_MODE - 1, 1.0))
+    return float(stiffness / max(2 * PART * steps / seen(options) - 1, 1.0))
+
+
+def seen(options: Mapping[str, Any]) -> float:
+    """How many times a chain should see its slowest direction forget: two such times are worth one independent draw."""
+    return max(DRAWS_IN_MODE, 2 * ESS / int(options["chains"]))
 
 
 def _reasons(found: Tuned, options: Mapping[str, Any]) -> list[str]:
@@ -121,7 +127,7 @@ def _reasons(found: Tuned, options: Mapping[str, Any]) -> list[str]:
         return list(found.reasons)
     mine = (
         f"damping = {found.damping:.4g}: the least for which {options['draws'] * options['thinning']} steps (draws x thinning) see the "
-        f"slowest direction {DRAWS_IN_MODE:.0f} times; less damping needs as many times more steps."
+        f"slowest direction {seen(options):.0f} times; less damping needs as many times more steps."
     )
     return [mine if reason.startswith("damping = ") else reason for reason in found.reasons]
 
