@@ -206,10 +206,7 @@ class Run:
     def trajectories_of(self, method: str | None = None, member: int = 0) -> xr.Dataset:
         """Losses along the chains of a method that samples, less those at the checkpoint, lazily; NaN where a chain was lost.
 
-        docs/bif.md names its arrays. Attributes: the options as they were used, the step size's convention, lost chains, diagnostics.
-
-        Raises:
-            NotStored: the method does not sample, or none does.
+        docs/bif.md names arrays and attributes. Raises NotStored where the method does not sample, or none does.
         """
         from tda.sampled import trajectories
 
