@@ -20,20 +20,21 @@ longer than 2 tau; the larger of both errs least. Multiplied by 1.645, it covers
 correlations of unrelated, linear, and strongly curved losses; nominal .90)
 
     chains      tau = 0      4.5          10           20 draws
-    4 and 8     .90-.93      .88-.92      .85-.91      .80-.91     (.85-.91 without the curved)
-    2           .89-.91      .86-.90      .82-.90      .78-.88
-    1           .81-.82      .74-.81      .68-.80      .62-.79     batch means alone: run more chains
+    4 and 8     .90-.93      .88-.92      .85-.91      .80-.90     (.86-.90 without the curved)
+    2           .88-.90      .85-.89      .82-.90      .77-.87
+    1           .78-.79      .73-.79      .68-.78      .62-.77     batch means alone: run more chains
 
-Between chains alone would cover .72-.82 at four chains. 4 or 8 batches instead of 5 change it by .01 from two chains on.
+Between chains alone would cover .72-.82 at four chains. 5 or 8 batches instead of 4 change it by .01 from two chains on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod, sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,7 @@ from tda.errors import InputError
 from tda.products import fast_float32
 
 #: Stretches of draws per chain: few enough that each is long beside the memory of the chain.
-BATCHES = 5
+BATCHES = 4
 
 #: Queries and examples of one tile: products this large run at full speed, and what they are added up in stays in the caches.
 TILE = 512
@@ -120,11 +121,11 @@ def covariance(
             f"{len(right.rows)} x {right.draws}"
         )
     flat = train.reshape(*train.shape[:2], -1)
-    value = right.rows.new_empty(prod(right.shape), flat.shape[2])
-    error = torch.empty_like(value)
+    value, error = (_empty((prod(right.shape), flat.shape[2]), right.rows) for _ in range(2))
+    room = _empty((right.rows[..., 0].numel() * min(COLUMNS, flat.shape[2]),), right.rows)
     with torch.no_grad(), fast_float32():
         for columns in _slices(flat.shape[2], COLUMNS):
-            left = series(flat[:, :, columns], batches=batches, normalized=normalized, chains=chains)
+            left = _series(flat[:, :, columns], used, batches, room, normalized=normalized)
             _rectangle(left, right, value[:, columns], error[:, columns])
     shape = (*right.shape, *train.shape[2:])
     return value.view(shape), error.view(shape)
@@ -170,13 +171,22 @@ def series(trajectories: Tensor, *, batches: int = BATCHES, normalized: bool = F
     draws = trajectories.shape[1]
     if not used or draws < 2 or batches < 2:
         raise InputError(f"a covariance needs a chain, 2 draws and 2 batches; got {len(used)} chains, draws = {draws}, batches = {batches}")
-    flat = trajectories.reshape(*trajectories.shape[:2], -1)
     dtype = torch.float64 if trajectories.dtype == torch.float64 else torch.float32
+    room = torch.empty(0, dtype=dtype, device=trajectories.device)
+    found = _series(trajectories, used, batches, room, normalized=normalized)
+    return replace(found, rows=found.rows.mT.contiguous().mT)  # a left factor is read along its rows
+
+
+def _series(trajectories: Tensor, used: Sequence[int], batches: int, room: Tensor, *, normalized: bool) -> Series:
+    """`series`, with its rows in room (numbers,) where that is large enough."""
+    flat = trajectories.reshape(*trajectories.shape[:2], -1)
+    draws = trajectories.shape[1]
     cuts, longest = _cuts(draws, batches)
-    rows = torch.empty(len(used), len(cuts), longest + 1, flat.shape[2], dtype=dtype, device=trajectories.device)
+    shape = (len(used), len(cuts), longest + 1, flat.shape[2])
+    rows = room[: prod(shape)].view(shape) if prod(shape) <= len(room) else room.new_empty(shape)
     offset = torch.zeros_like(rows[0, 0, 0])
     for place, chain in zip(rows, used, strict=True):
-        mean = flat[chain].mean(0, dtype=dtype)
+        mean = flat[chain].mean(0, dtype=rows.dtype)
         if not bool(mean.isfinite().all()):
             raise InputError(f"chain {chain} has draws that are not finite; leave the chain out, or sample again with a smaller step_size")
         torch.maximum(offset, mean.abs(), out=offset)
@@ -207,6 +217,13 @@ def _cuts(draws: int, batches: int) -> tuple[list[range], int]:
     return cuts, max(map(len, cuts))
 
 
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """As like.new_empty(shape); on a CPU by way of NumPy, which asks for large pages: their first use is quicker by far."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    return torch.from_numpy(np.empty(shape, np.float64 if like.dtype == torch.float64 else np.float32))
+
+
 def _slices(size: int, most: int) -> Iterator[slice]:
     """0..size in pieces of `most` at most."""
     return (slice(start, min(size, start + most)) for start in range(0, size, most))
@@ -219,9 +236,9 @@ def _rectangle(left: Series, right: Series, value: Tensor, error: Tensor) -> Non
     for columns in _slices(value.shape[1], TILE):
         for some in _slices(value.shape[0], step):
             place = value[some, columns]
-            sums = _Sums(*(each[: place.numel()].view(place.shape) for each in room))
+            sums = _Sums(left.rows.shape[0], left.rows.shape[1], left.draws, *(each[: place.numel()].view(place.shape) for each in room))
             _tile(left, right, columns, some, sums, place)
-            sums.stderr(left, error[some, columns])
+            sums.stderr(error[some, columns])
 
 
 def _tile(left: Series, right: Series, columns: slice, some: slice, sums: _Sums, value: Tensor) -> None:
@@ -232,42 +249,55 @@ def _tile(left: Series, right: Series, columns: slice, some: slice, sums: _Sums,
         sums.add(x, f, None)
         torch.mul(sums.total, 1 / count, out=value)
         return
-    correlation = torch.mm(f.flatten(0, 2).T, x.flatten(0, 2)).div_(count)
+    correlation = torch.einsum("cbrq,cbri->qi", f, x).div_(count)
     sums.add(x, f, (correlation / -2, left.squares[..., columns], right.squares[..., some]))
     value.copy_(correlation.clamp_(-1, 1))
 
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """Over all p_cb of a tile, (query, train) each: total; chain: of one chain; part: of one batch; and of squares."""
+    """Over all p_cb of a tile, (query, train) each: total; chain: of one chain; part: of one batch; and of squares.
 
+    Sums of squares carry their factors in the squared standard error from the start: every pass over a tile counts.
+    """
+
+    chains: int
+    batches: int
+    draws: int
     total: Tensor
     chain: Tensor
     part: Tensor
     batch_squares: Tensor
     chain_squares: Tensor
 
+    @property
+    def factors(self) -> tuple[float, float]:
+        """Of squared deviations of batches from their chain's mean, and of chains from the mean of all (1 chain: no matter what)."""
+        every = (self.chains * self.draws) ** 2
+        return self.batches / (self.batches - 1) / every, self.chains / max(1, self.chains - 1) / every
+
     def add(self, x: Tensor, f: Tensor, delta: tuple[Tensor, Tensor, Tensor] | None) -> None:
         """All chains and batches of x (chain, batch, row, train), f (chain, batch, row, query); delta: -cor / 2 and sums of squares."""
+        of_batch, of_chain = self.factors
         self.total.zero_(), self.batch_squares.zero_(), self.chain_squares.zero_()
-        for c in range(len(x)):
-            for b in range(x.shape[1]):
+        for c in range(self.chains):
+            for b in range(self.batches):
                 out = self.part if b else self.chain
                 torch.mm(f[c, b].T, x[c, b], out=out)
                 if delta is not None:
                     half, x_squares, f_squares = delta
                     out.addcmul_(half, x_squares[c, b][None]).addcmul_(half, f_squares[c, b][:, None])
-                self.batch_squares.addcmul_(out, out)
+                self.batch_squares.addcmul_(out, out, value=of_batch)
                 if b:
                     self.chain.add_(self.part)
-            self.chain_squares.addcmul_(self.chain, self.chain)
+            self.chain_squares.addcmul_(self.chain, self.chain, value=of_chain)
             self.total.add_(self.chain)
 
-    def stderr(self, series: Series, out: Tensor) -> None:
+    def stderr(self, out: Tensor) -> None:
         """The larger of both into out (query, train); the sums are used up."""
-        chains, batches = series.rows.shape[:2]
-        within = self.batch_squares.sub_(self.chain_squares, alpha=1 / batches).mul_(batches / (batches - 1))
-        if chains > 1:
-            between = self.chain_squares.addcmul_(self.total, self.total, value=-1 / chains).mul_(chains / (chains - 1))
-            within = torch.maximum(within, between, out=within)
-        torch.mul(within.clamp_(min=0).sqrt_(), 1 / (chains * series.draws), out=out)
+        of_batch, of_chain = self.factors
+        squared = self.batch_squares.sub_(self.chain_squares, alpha=of_batch / of_chain / self.batches)
+        if self.chains > 1:
+            between = self.chain_squares.addcmul_(self.total, self.total, value=-of_chain / self.chains)
+            squared = torch.maximum(squared, between, out=squared)
+        torch.sqrt(squared.clamp_(min=0), out=out)
