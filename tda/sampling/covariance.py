@@ -29,7 +29,9 @@ Between chains alone would cover .72-.82 at four chains. 5 or 8 batches instead 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod, sqrt
@@ -120,13 +122,21 @@ def covariance(
             f"train trajectories of {len(used)} chains x {train.shape[1]} draws do not belong to those of the queries, "
             f"{len(right.rows)} x {right.draws}"
         )
+    if right.rows.shape[1] != min(batches, right.draws) or (right.squares is not None) != normalized:
+        raise InputError("the queries were made ready with other batches or normalized; give `series` the same options")
     flat = train.reshape(*train.shape[:2], -1)
     value, error = (_empty((prod(right.shape), flat.shape[2]), right.rows) for _ in range(2))
-    room = _empty((right.rows[..., 0].numel() * min(COLUMNS, flat.shape[2]),), right.rows)
-    with torch.no_grad(), fast_float32():
-        for columns in _slices(flat.shape[2], COLUMNS):
-            left = _series(flat[:, :, columns], used, batches, room, normalized=normalized)
-            _rectangle(left, right, value[:, columns], error[:, columns])
+    numbers = right.rows[..., 0].numel() * min(COLUMNS, flat.shape[2])
+    rooms = threading.local()
+
+    def fill(columns: slice) -> None:
+        if not hasattr(rooms, "own"):
+            rooms.own = _empty((numbers,), right.rows)
+        left = _series(flat[:, :, columns], used, batches, rooms.own, normalized=normalized)
+        _rectangle(left, right, value[:, columns], error[:, columns])
+
+    with fast_float32():
+        _side_by_side(fill, list(_slices(flat.shape[2], COLUMNS)))
     shape = (*right.shape, *train.shape[2:])
     return value.view(shape), error.view(shape)
 
@@ -215,6 +225,27 @@ def _cuts(draws: int, batches: int) -> tuple[list[range], int]:
     ends = [draws * k // count for k in range(count + 1)]
     cuts = [range(a, b) for a, b in pairwise(ends)]
     return cuts, max(map(len, cuts))
+
+
+def _side_by_side(fill: Callable[[slice], None], parts: list[slice]) -> None:
+    """fill each part: as many at once as torch has threads, each on one, since what is done to a tile is too short to be shared."""
+
+    def alone(part: slice) -> None:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            fill(part)
+
+    threads = torch.get_num_threads()
+    if min(threads, len(parts)) < 2:
+        with torch.no_grad():
+            for part in parts:
+                fill(part)
+        return
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(alone, parts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:

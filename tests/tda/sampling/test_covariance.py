@@ -80,6 +80,19 @@ def test_it_does_not_depend_on_how_it_is_cut_in_tiles(monkeypatch):
         assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(whole, cut, strict=True))
 
 
+def test_threads_change_nothing_and_are_given_back(monkeypatch):
+    train, query = trajectories(train=40, query=9)
+    monkeypatch.setattr(module, "COLUMNS", 5)
+    whole, before = covariance(train, query), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        cut = covariance(train, query)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+
+
 def test_independent_draws_have_the_covariance_of_numpy_on_average():
     """The divisor is unbiased: over 4,000 short chains the mean is right to its error, where 1/T would be 10% too small."""
     generator = np.random.default_rng(0)
@@ -212,6 +225,9 @@ def test_what_cannot_be_used_is_refused():
     train, query = trajectories()
     with pytest.raises(InputError, match="3 chains x 43 draws do not belong to those of the queries, 3 x 42"):
         covariance(train, query[:, 1:])
+    for ready in (series(query, batches=5), series(query, normalized=True)):
+        with pytest.raises(InputError, match="other batches or normalized"):
+            covariance(train, ready)
     for arguments in ({"batches": 1}, {"chains": []}):
         with pytest.raises(InputError, match="needs a chain, 2 draws and 2 batches"):
             covariance(train, query, **arguments)
