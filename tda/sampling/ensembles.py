@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from tda.attributed import Attributed
 from tda.errors import cause
 from tda.problem import Batch
+from tda.sampling.kernels import Kernels
 from tda.stacked import Predict
 
 #: A batch (C, B, ...) and where each chain's mean loss (C,) is to be written; the gradient goes where its maker was told.
@@ -99,6 +100,7 @@ class _Copies:
         self.sizes = [parameter.numel() for parameter in self.moving.values()]
         self.shapes = [parameter.shape for parameter in self.moving.values()]
         self.numbers = sum(self.sizes)
+        self.kernels = Kernels()
         self._center = torch.cat([parameter.detach().flatten() for parameter in self.moving.values()])
 
     def center(self) -> Tensor:
@@ -129,9 +131,11 @@ class Stacked(_Copies):
             return likelihood.loss(wrapped.outputs(values, inputs, targets), targets).mean()
 
         def gradient(batch: Batch, losses: Tensor) -> None:
-            found = vmap(loss)(leaves, batch.inputs, batch.targets)
+            with self.kernels.forwards():
+                found = vmap(loss)(leaves, batch.inputs, batch.targets)
             losses.copy_(found.detach())
-            parts = torch.autograd.grad(found.sum(), list(leaves.values()), materialize_grads=True)
+            with self.kernels.backwards():
+                parts = torch.autograd.grad(found.sum(), list(leaves.values()), materialize_grads=True)
             torch.cat([part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts], 1, out=into)
 
         return gradient
@@ -139,7 +143,7 @@ class Stacked(_Copies):
     def outputs(self, weights: Tensor, batch: Batch) -> Tensor:
         """By vmap."""
         wrapped = Predict(self.problem, self.model)
-        with torch.no_grad():
+        with torch.no_grad(), self.kernels.forwards():
             return vmap(wrapped.outputs, in_dims=(0, None, None))(self.named(weights), batch.inputs, batch.targets)
 
 
@@ -163,8 +167,10 @@ class OneByOne(_Copies):
             for c, views in enumerate(copies):
                 self._put(views)
                 one = Batch(*(tree_map(lambda leaf, c=c: leaf[c], part) for part in batch))
-                loss = self.likelihood.loss(self.problem.predict(self.model, one), one.targets).mean()
-                parts = torch.autograd.grad(loss, list(self.moving.values()), materialize_grads=True)
+                with self.kernels.forwards():
+                    loss = self.likelihood.loss(self.problem.predict(self.model, one), one.targets).mean()
+                with self.kernels.backwards():
+                    parts = torch.autograd.grad(loss, list(self.moving.values()), materialize_grads=True)
                 losses[c] = loss.detach()
                 torch.cat([part.flatten() for part in parts], out=rows[c])
 
@@ -173,8 +179,8 @@ class OneByOne(_Copies):
     def outputs(self, weights: Tensor, batch: Batch) -> Tensor:
         """Each copy's, one after another."""
         found = []
-        with torch.no_grad():
+        with torch.no_grad(), self.kernels.forwards():
             for row in weights:
                 self._put(self.named(row))
                 found.append(self.problem.predict(self.model, batch))
-        return torch.stack(found)
+        return found[0][None] if len(found) == 1 else torch.stack(found)

@@ -17,17 +17,16 @@ from tda.attributed import Attributed
 from tda.problem import Batch, Problem, measurement_of
 from tda.recipe import load_all
 from tda.sampling.chains import ChainState, Landscape, advance, lose
+from tda.sampling.ensembles import Ensemble, OneByOne, Stacked
 from tda.sampling.losses import example_losses, measurements, token_losses
 from tda.sampling.options import Piece
 
 #: Numbers of the widest activation of all copies at once: few enough that they stay in the cache, where every pass over them is cheap ...
 CACHED = 1 << 18
-#: ... but so many where the model is large, for its products' sake.
-HELD = 1 << 23
+#: ... but so many of one copy, where copies are evaluated one after another: Python costs as much as a small product does.
+ALONE = 1 << 21
 #: Numbers of weights that wait for their evaluation, and draws that they may be.
 WAITING, DRAWS = 1 << 16, 32
-#: Examples that a large model is given at a time, at most.
-BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -58,16 +57,19 @@ class Recorder:
             InputError: tokens of a likelihood that has none.
         """
         self.landscape, self.width = landscape, _widest(attributed, train)
-        self.train = _Split(attributed.problem, landscape, landscape.data, measured=False, tokens=tokens)
+        # Products of several copies are worth it only while one copy's are small.
+        self.ensemble = landscape.ensemble
+        if isinstance(self.ensemble, Stacked) and self.width * len(landscape.data.targets) >= CACHED:
+            self.ensemble = OneByOne(attributed, "evaluation")
+        self.train = _Split(attributed.problem, self.ensemble, landscape.data, measured=False, tokens=tokens)
         loaded = load_all(attributed.problem, queries, next(attributed.model.parameters()))
-        self.query = _Split(attributed.problem, landscape, landscape.ensemble.prepare(loaded), measured=True, tokens=tokens)
+        self.query = _Split(attributed.problem, self.ensemble, landscape.ensemble.prepare(loaded), measured=True, tokens=tokens)
         for split in (self.train, self.query):
             split.base = {name: value[0, 0] for name, value in split.values(landscape.center[None], self._examples(1)).items()}
 
     def _examples(self, copies: int) -> int:
         """Examples of an evaluation of so many copies."""
-        each = copies * self.width
-        return max(1, CACHED // each, min(BATCH, HELD // each))
+        return max(1, ALONE // self.width if isinstance(self.ensemble, OneByOne) else CACHED // (copies * self.width))
 
     def record(self, state: ChainState, piece: Piece) -> tuple[ChainState, Recorded]:
         """Advance the chains over a piece; the new state, and what was recorded on the way.
@@ -137,8 +139,8 @@ def _culprit(kept: dict[str, Tensor], c: int, t: int) -> str:
 class _Split:
     """Examples and what they are at w*: `base` by the names of `Recorded`."""
 
-    def __init__(self, problem: Problem, landscape: Landscape, data: Batch, *, measured: bool, tokens: bool) -> None:
-        self.problem, self.landscape, self.data, self.tokens = problem, landscape, data, tokens
+    def __init__(self, problem: Problem, ensemble: Ensemble, data: Batch, *, measured: bool, tokens: bool) -> None:
+        self.problem, self.ensemble, self.data, self.tokens = problem, ensemble, data, tokens
         self.name, self.measured = ("query" if measured else "train"), measured
         self.own = measured and measurement_of(problem)["name"] != "loss"
         self.base: dict[str, Tensor] = {}
@@ -152,6 +154,12 @@ class _Split:
 
         Without `into`: the values themselves, in float64.
         """
+        if isinstance(self.ensemble, OneByOne) and into is not None and len(weights_MD) > 1:
+            chains = len(next(iter(into.values())))
+            for m, weights_D in enumerate(weights_MD):
+                t, c = divmod(m, chains)
+                self.values(weights_D[None], examples, {name: place[c : c + 1, t : t + 1] for name, place in into.items()})
+            return {}
         parts: dict[str, list[Tensor]] = {}
         for first in range(0, len(self.data.targets), examples):
             where = slice(first, first + examples)
@@ -166,7 +174,7 @@ class _Split:
         return {name: torch.cat(values, 2) for name, values in parts.items()}
 
     def _some(self, weights_MD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        outputs = self.landscape.ensemble.outputs(weights_MD, batch)
+        outputs = self.ensemble.outputs(weights_MD, batch)
         found, likelihood, name = {}, self.problem.likelihood, self.name
         if self.tokens:
             found[f"token_loss_{name}"] = token_losses(likelihood, outputs, batch.targets)
