@@ -24,10 +24,10 @@ from torch import Tensor
 from infra import storage
 from tasks import dense, projection, retraining, sampling
 from tasks.factors import fitted
-from tasks.subject import Subject, open_subject
+from tasks.subject import Opened, Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location
-from tda.directions import Dense, Direction, Factored, join, query_gradients, squared_norms, take
+from tda.directions import Dense, Direction, Factored, join, query_gradients, query_measurements, squared_norms, take
 from tda.methods import Method, parse
 from tda.methods.work import Fit, Work
 from tda.products import Products
@@ -111,8 +111,8 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
     url = job.place("queries", block)
     if not location.exists(url):
         opened = open_subject(job.subject)
-        gradients, values = query_gradients(opened.attributed, opened.query, job.ids(block), batch_size=job.batch_size)
-        norms = torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
+        method = job.parsed()
+        gradients, values, norms = _of_queries(job, block, opened, taken=method.takes_gradients)
         state = job.place("state", block)
 
         def gradients_at(segment: int) -> list[Direction]:
@@ -135,7 +135,6 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
             job.ids(block),
             gradients_at if job.checkpoints else None,
         )
-        method = job.parsed()
         made = method.directions(work, gradients)
         tensors = {"measurement": values, "norms": norms} | {f"kept/{name}": tensor for name, tensor in made.kept.items()}
         for p, directions in enumerate(made.passes):
@@ -146,6 +145,15 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
         write_tensors(url, tensors)
         storage.delete(state)
     return {"seconds": time.perf_counter() - started}
+
+
+def _of_queries(job: DirectionJob, block: int, opened: Opened, *, taken: bool) -> tuple[list[Direction], Tensor, Tensor]:
+    """Gradients of the queries, their measurements, and the gradients' norms; no gradients, and norms of 0, where none are taken."""
+    if not taken:
+        values = query_measurements(opened.attributed, opened.query, job.ids(block), batch_size=job.batch_size)
+        return [], values, torch.zeros_like(values)
+    gradients, values = query_gradients(opened.attributed, opened.query, job.ids(block), batch_size=job.batch_size)
+    return gradients, values, torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
 
 
 def _kept(url: str) -> Callable[[dict[str, Tensor]], None]:

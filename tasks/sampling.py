@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -34,7 +34,7 @@ from tda.sampling.chains import ChainState, Landscape, landscape, start, state_f
 from tda.sampling.options import STEP_SIZE_CONVENTION, Piece, Sampling
 from tda.sampling.recording import Recorded, Recorder
 from tda.sampling.settle import given, settle
-from tda.sampling.stored import Trajectories, chunk_examples, open_trajectories
+from tda.sampling.stored import Trajectories, chunk_examples, fitting_segment, open_trajectories
 
 #: Beside a chain's own tensors in its state: the loss of every batch so far, and how many pieces are stored.
 _LOSSES, _PIECES = "stored/batch_loss", "stored/pieces"
@@ -67,7 +67,7 @@ class SampleJob:
 
     @property
     def cut(self) -> Sampling:
-        """The options with made-up numbers for "auto": how the work is cut does not depend on them."""
+        """The options with made-up numbers for "auto": which chains a group has does not depend on them."""
         return given(self.asked)
 
     @property
@@ -87,8 +87,11 @@ def prepare(job: SampleJob) -> dict[str, Any]:
     if not location.exists(url):
         opened = open_subject(job.subject)
         found = settle(opened.attributed, opened.train, job.asked, batch_size=job.batch_size)
-        _create(job, found.sampling, _tokens(job) if job.tokens else None)
-        storage.write_json(url, {"sampling": asdict(found.sampling), **found.told})
+        tokens = _tokens(job) if job.tokens else None
+        segment = fitting_segment(found.sampling, _numbers(job, tokens))
+        cut = replace(found.sampling, segment=segment)
+        _create(job, cut, tokens)
+        storage.write_json(url, {"sampling": asdict(cut), **found.told})
     return {"seconds": time.perf_counter() - started}
 
 
@@ -103,6 +106,11 @@ def _tokens(job: SampleJob) -> tuple[int, int]:
     like = next(opened.attributed.model.parameters())
     lengths = [int(load_all(opened.attributed.problem, data, like).targets.shape[1]) for data in (opened.train, opened.query)]
     return lengths[0], lengths[1]
+
+
+def _numbers(job: SampleJob, tokens: tuple[int, int] | None) -> int:
+    """What is stored of a draw of one chain: losses, measurements, and tokens where asked."""
+    return job.examples + 2 * job.queries + (job.examples * tokens[0] + job.queries * tokens[1] if tokens else 0)
 
 
 def _create(job: SampleJob, sampling: Sampling, tokens: tuple[int, int] | None) -> None:
@@ -139,7 +147,7 @@ def sample_group(task: tuple[SampleJob, int]) -> dict[str, Any]:
     if layout.is_complete(job.url):
         return {"seconds": 0.0}
     first, losses, state = _taken_up(job, group)
-    pieces, chains = job.cut.pieces, job.cut.groups[group]
+    pieces, chains = Sampling(**settled_of(job)["sampling"]).pieces, job.cut.groups[group]
     for p in range(first, len(pieces)):
         sampling, shared, recorder = _ready(job)
         state, recorded = recorder.record(state or start(shared, list(chains)), pieces[p])
@@ -175,7 +183,7 @@ def _write(job: SampleJob, chains: range, piece: Piece, recorded: Recorded) -> N
         return
     group, where = _group(job), (slice(chains.start, chains.stop), slice(piece.draws.start, piece.draws.stop))
     found = {name: getattr(recorded, name) for name in ("loss_train", "loss_query", "measurement_query", "distance")}
-    found["mean_loss_train"] = recorded.loss_train.double().mean(2)
+    found["mean_loss_train"] = recorded.loss_train.mean(2, dtype=torch.float64)
     if job.tokens:
         found |= {"token_loss_train": recorded.token_loss_train, "token_loss_query": recorded.token_loss_query}
     for name, values in found.items():

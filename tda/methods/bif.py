@@ -41,7 +41,7 @@ class Bif(Method):
     """influence[q, i] = -(n_beta / N) Cov(l_i(w), f_q(w)) over w ~ exp(-n_beta L(w) - (localization/2) ||w - w*||^2), within chains.
 
     To leading order the damped influence with damping = localization / n_beta; no gradient but the sampler's is taken. "auto": n_beta is
-    N / log N, at most 1000; localization and step_size follow from the curvature at the checkpoint (`tda.sampling.settle`), and from
+    N, at most 21 batches; localization and step_size follow from the curvature at the checkpoint (`tda.sampling.settle`), and from
     `damping` where one is given. What they came to is stored with the chains. normalized: the posterior correlation instead, without
     unit. tokens: losses of single tokens are stored too.
     """
@@ -64,6 +64,7 @@ class Bif(Method):
     stochastic: ClassVar[bool] = True
     has_stderr: ClassVar[bool] = True
     has_own: ClassVar[bool] = True
+    takes_gradients: ClassVar[bool] = False
     noise: ClassVar[str] = "noise and mini-batches of its chains, keyed by the run's seed and the chain; standard errors in run.stderr"
 
     @property

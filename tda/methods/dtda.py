@@ -38,6 +38,7 @@ class Dtda(Method):
     stochastic: ClassVar[bool] = True
     noise: ClassVar[str] = "subsets and training seeds of the models it retrains, keyed by the run's seed"
     of_weights: ClassVar[bool] = False
+    takes_gradients: ClassVar[bool] = False
 
     @property
     def fits(self) -> tuple[Fit, ...]:

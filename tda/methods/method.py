@@ -47,6 +47,8 @@ class Method(BaseModel):
     #: Whether what scores directly also gives standard errors, and influences of training examples on their own losses.
     has_stderr: ClassVar[bool] = False
     has_own: ClassVar[bool] = False
+    #: Whether `directions` looks at the gradients of the queries; none are computed where it does not.
+    takes_gradients: ClassVar[bool] = True
 
     @property
     def title(self) -> str:
@@ -86,7 +88,7 @@ class Method(BaseModel):
         """Raise InputError, in one line, where the method would take too much memory."""
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
-        """V_q = -C^-1 g_q, without the factor 1/N, for a batch of query gradients given block by block."""
+        """V_q = -C^-1 g_q, without the factor 1/N, for a batch of query gradients given block by block; none without `takes_gradients`."""
         raise TypeError(f"{type(self).__name__} makes no directions")
 
     def damping_of(self, curvature: Sequence[Any]) -> list[float] | float | None:

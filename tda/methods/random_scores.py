@@ -28,6 +28,7 @@ class Random(Method):
     stochastic: ClassVar[bool] = True
     noise: ClassVar[str] = "everything: its scores are standard normal, keyed by the run's seed, the query and the training example"
     of_weights: ClassVar[bool] = False
+    takes_gradients: ClassVar[bool] = False
     unit: ClassVar[str] = "standard normal, no unit"
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:

@@ -32,6 +32,7 @@ class Representation(Method):
     similarity: Literal["cosine", "dot", "l2"] = "cosine"
     layer: str | None = None
     unit: ClassVar[str] = "a similarity, no unit of the measurement"
+    takes_gradients: ClassVar[bool] = False
 
     def check(self, attributed: Attributed) -> None:
         """InputError where there is no such layer."""

@@ -17,6 +17,8 @@ from tda.sampling.options import Sampling
 
 #: What is kept in memory of one array for the next shard of the same worker; a stored chunk's examples are chosen by it.
 TILE_BYTES = 64 << 20
+#: What a task holds of the draws of a piece before they are stored.
+PIECE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,15 @@ def open_trajectories(url: str) -> Trajectories:
 def chunk_examples(chains: int, draws: int, tokens: int = 1) -> int:
     """Examples of a stored chunk: as many as keep a tile, all chains and draws of them, near TILE_BYTES."""
     return max(1, min(4096, TILE_BYTES // (4 * chains * draws * tokens)))
+
+
+def fitting_segment(sampling: Sampling, numbers: int) -> int:
+    """Kept draws of a piece: `segment`, or fewer where their values, `numbers` per draw and chain, would not stay below PIECE_BYTES.
+
+    A function of the options and the data, so that stored chunks never depend on the machine. At least one draw is held.
+    """
+    together = min(sampling.together, sampling.chains)
+    return max(1, min(sampling.segment, PIECE_BYTES // (4 * together * numbers)))
 
 
 @lru_cache(maxsize=8)

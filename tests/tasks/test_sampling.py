@@ -124,6 +124,38 @@ def test_a_group_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path, monkey
     assert len(steps) == whole - done, "only the piece that was under way is sampled again"
 
 
+def test_a_piece_holds_fewer_draws_where_they_are_many_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sample(prepared(tmp_path / "whole")[1])
+    # 2 chains of 23 losses, 5 losses and 5 measurements.
+    monkeypatch.setattr("tda.sampling.stored.PIECE_BYTES", 3 * 2 * (23 + 2 * 5) * 4)
+    held: list[int] = []
+
+    def record(recorder, state, piece, real=sampling.Recorder.record):  # type: ignore[no-untyped-def]
+        held.append(len(piece.draws))
+        return real(recorder, state, piece)
+
+    monkeypatch.setattr(sampling.Recorder, "record", record)
+    job = prepared(tmp_path / "cut")[1]
+    cut = sample(job)
+    assert max(held) == 3
+    assert location.open_group(job.zarr)["loss_train"].chunks[1] == 3
+    torch.testing.assert_close(cut.train(range(23)), whole.train(range(23)), rtol=1e-5, atol=1e-7)
+
+
+def test_no_gradients_of_queries_are_taken_for_scores_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, job = prepared(tmp_path)
+    stored = sample(job)
+
+    def refuse(*_given: object, **_named: object) -> None:
+        raise AssertionError("gradients")
+
+    monkeypatch.setattr(directions, "query_gradients", refuse)
+    group = scored(plan)
+    assert np.isfinite(np.asarray(group["influence"])).all()
+    assert np.isfinite(np.asarray(group["query_measurement"])).all()
+    assert stored.told["queries"] == 5
+
+
 def test_groups_change_nothing_but_rounding(tmp_path: Path) -> None:
     found = [sample(prepared(tmp_path / str(n), f"methods.0.together={n}")[1]) for n in (1, 4)]
     torch.testing.assert_close(found[0].train(range(23)), found[1].train(range(23)), rtol=1e-5, atol=1e-6)
