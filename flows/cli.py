@@ -263,10 +263,11 @@ def _print_summary(summary: "RunSummary") -> None:
 
 
 def _verdict(told: "Mapping[str, Any]") -> str:
-    from flows.chains import verdict
+    from flows.chains import uncertain, verdict
 
     said = [line for each in (told, *told.get("members", [])) for line in each["verdict"]]
-    return f"{verdict({'verdict': said})}{'; see the report: ' if said else ''}{said[0] if said else ''}"
+    signs = f"{uncertain(told)} of the scores are of uncertain sign"
+    return f"{verdict({'verdict': said})}; {signs}{'; see the report: ' if said else ''}{said[0] if said else ''}"
 
 
 def _print_examples(opened: "Run") -> None:

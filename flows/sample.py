@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ from infra.settings import quiet_prefect
 from tasks import plan, sampling
 from tda.errors import InputError
 from tda.methods import parse
+from tda.methods.sweep import expand
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
     from tasks.sampling import SampleJob
+    from tda.methods import Method
 
 quiet_prefect()
 from prefect import flow  # noqa: E402  (its settings are read at import)
@@ -27,9 +30,15 @@ from flows.progress import Progress  # noqa: E402
 
 @dataclass(frozen=True)
 class Sampled:
-    """The chains of one method of one model. settled: its numbers and where they come from; diagnostics: {} where nothing was sampled."""
+    """The chains of one method of one model.
+
+    title: the method's. options: its own, as they were asked for. seed: of the model, where there are several. settled: its numbers and
+    where they come from; diagnostics: {} where nothing was sampled.
+    """
 
     title: str
+    options: dict[str, Any]
+    seed: int | None
     url: str
     settled: dict[str, Any]
     diagnostics: dict[str, Any]
@@ -68,8 +77,7 @@ def sample_run(config: RunConfig, command: str = "", *, tune: bool = False) -> l
 
 def _chains_alone(config: RunConfig) -> RunConfig:
     """The configuration with the methods that sample."""
-    tables = [table for table in config.methods if not isinstance(table.get("damping"), list)]
-    chosen = [table for table in tables if any(fit.kind == "chains" for fit in parse(table).fits)]
+    chosen = [each.table for each in expand(config.methods) if any(fit.kind == "chains" for fit in parse(each.table).fits)]
     if not chosen:
         names = ", ".join(str(table.get("name")) for table in config.methods)
         raise InputError(f'no method of the configuration samples (it has {names}); add a [[methods]] table with name = "bif"')
@@ -90,17 +98,17 @@ def sample(config: dict[str, Any], *, tune: bool = False) -> list[Sampled]:
         decided = plan.plan(request, ready.inputs)
         found = []
         for member in decided.members:
-            suffix = f", seed {member.seed}" if len(decided.members) > 1 else ""
+            seed = member.seed if len(decided.members) > 1 else None
             for scored in member.scores.methods:
-                title = scored.directions.parsed().title + suffix
                 jobs = [job for job in member.fits.values() if job.url in scored.directions.fits]
-                found += [_sampled(title, job, tune=tune) for job in jobs if isinstance(job, sampling.SampleJob)]
+                found += [_sampled(scored.directions.parsed(), seed, job, tune=tune) for job in jobs if isinstance(job, sampling.SampleJob)]
     return found
 
 
-def _sampled(title: str, job: SampleJob, *, tune: bool) -> Sampled:
+def _sampled(method: Method, seed: int | None, job: SampleJob, *, tune: bool) -> Sampled:
+    title, options = method.title, json.loads(method.model_dump_json())
     if tune:
         (settled,) = stages.here().shards(sampling.tuned, [job], f"tune ({title})")
-        return Sampled(title, job.url, settled, {}, reused=False)
+        return Sampled(title, options, seed, job.url, settled, {}, reused=False)
     reused = stages.fit(job)
-    return Sampled(title, job.url, sampling.settled_of(job), sampling.diagnostics_of(job), reused)
+    return Sampled(title, options, seed, job.url, sampling.settled_of(job), sampling.diagnostics_of(job), reused)

@@ -28,6 +28,8 @@ MOST_EXAMPLES = 4096
 _OPEN = ("step_size", "n_beta", "localization", "damping", "tokens")
 #: Of the steps that there are, so many count, so that rounding does not ask for one more.
 MARGIN = 0.98
+#: Effective draws are judged by the worst of some hundred series, which is estimated at half of what they have.
+WORST = 2.0
 #: A damping for where there is none: `tune` asks for one above 0.
 _NONE = 1e-30
 
@@ -59,7 +61,7 @@ def settle(attributed: Attributed, dataset: Any, options: Mapping[str, Any], *, 
         InputError: a number is "auto", and products with the curvature cannot be had, or it is 0.
     """
     examples = len(dataset)
-    n_beta = default_n_beta(examples) if options["n_beta"] == "auto" else float(options["n_beta"])
+    n_beta = default_n_beta(examples, _batch(options)) if options["n_beta"] == "auto" else float(options["n_beta"])
     opened = "auto" in (options["step_size"], options["localization"])
     try:
         found = _tuned(attributed, dataset, options, n_beta, batch_size)
@@ -103,8 +105,14 @@ def _tuned(attributed: Attributed, dataset: Any, options: Mapping[str, Any], n_b
         damping=damping,
         n_beta=None if options["n_beta"] == "auto" else n_beta,
         draws=options["draws"],
-        batch_size=None if options["batch_size"] == "full" else options["batch_size"],
+        batch_size=_batch(options),
+        times=MARGIN * seen(options),
     )
+
+
+def _batch(options: Mapping[str, Any]) -> int | None:
+    """Examples of a step; None: all."""
+    return None if options["batch_size"] == "full" else int(options["batch_size"])
 
 
 def _least(options: Mapping[str, Any], stiffness: float, scale: float) -> float:
@@ -118,7 +126,7 @@ def _least(options: Mapping[str, Any], stiffness: float, scale: float) -> float:
 
 def seen(options: Mapping[str, Any]) -> float:
     """How many times a chain should see its slowest direction forget: two such times are worth one independent draw."""
-    return max(DRAWS_IN_MODE, 2 * ESS / int(options["chains"]))
+    return max(DRAWS_IN_MODE, 2 * WORST * ESS / int(options["chains"]))
 
 
 def _reasons(found: Tuned, options: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, inf, isfinite, log
+from math import ceil, inf, isfinite
 from typing import Literal
 
 import numpy as np
@@ -31,8 +31,12 @@ PART = BIAS / (1 + BIAS)
 #: and within-chain covariances (see `covariance`) are biased by 1%.
 BURN_IN_MODE, DRAWS_IN_MODE = 2.0, 20.0
 
-#: The largest n_beta chosen by itself, probes of the mean eigenvalue, and steps of a chain that nobody waits for.
-MOST_N_BETA, PROBES, MOST_STEPS = 1000.0, 16, 20_000
+#: The noise of mini-batches, as a share of the noise that is wanted, up to which n_beta is raised by itself: a bound for the stiffest
+#: direction, of which well-fitted examples cause a small part.
+BATCH_NOISE = 1.0
+
+#: Probes of the mean eigenvalue, and steps of a chain that nobody waits for.
+PROBES, MOST_STEPS = 16, 20_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +86,15 @@ def steps_to_forget(step_size: float, localization: float) -> float:
     return 2 / (step_size * localization) if step_size * localization > 0 else inf
 
 
-def default_n_beta(examples: int) -> float:
-    """N / log N, at most 1000.
+def default_n_beta(examples: int, batch_size: int | None = None) -> float:
+    """N, the posterior of the training itself; at most batch_size BATCH_NOISE / PART, 21 batches, where batches are not full.
 
-    N / log N is the temperature at which the local learning coefficient is read off (Watanabe 2013). To leading order the covariance
-    falls as 1 / n_beta, which the score's factor n_beta / N takes out again, and what is of second order in w - w* falls as 1 / n_beta
-    relative to that: higher is nearer to the damped influence function. But the noise of mini-batches grows with it (see `tune`), so it
-    ends at 1000, the highest that the paper uses.
+    To leading order the covariance falls as 1 / n_beta, which the score's factor n_beta / N takes out again, and what is of second order
+    in w - w* falls as 1 / n_beta relative to that: higher is nearer to the damped influence function. Beyond N the posterior is sharper
+    than the data make it. The noise of mini-batches grows with n_beta: at step sizes of PART of the bound it adds n_beta PART /
+    batch_size at most (see `_batch_noise`), and n_beta ends where that is BATCH_NOISE. docs/bif.md has what was measured.
     """
-    return min(MOST_N_BETA, examples / log(examples)) if examples > 2 else float(examples)
+    return float(examples) if batch_size is None or batch_size >= examples else min(examples, batch_size * BATCH_NOISE / PART)
 
 
 def tune(
@@ -102,11 +106,12 @@ def tune(
     draws: int = 500,
     batch_size: int | None = None,
     most_steps: int = MOST_STEPS,
+    times: float = DRAWS_IN_MODE,
 ) -> Tuned:
     """Settings of chains around a checkpoint, from the curvature there. Deterministic.
 
     examples: N. damping: lambda, or "heuristic", 0.1 x the mean eigenvalue of C. batch_size: None means full batches. most_steps: of a
-    chain, burn-in included; where the slowest direction needs more, the reasons say so.
+    chain, burn-in included; where the slowest direction needs more, the reasons say so. times: that draws are to see it forget.
 
     Raises:
         InputError: damping or n_beta is not above 0, examples or draws below 2, the curvature is not finite or not above 0 anywhere, P not
@@ -119,7 +124,7 @@ def tune(
             f"the largest eigenvalue of the curvature is {sigma_max:.3g}; a step size needs one above 0: look at the checkpoint"
         )
     reasons = [f"sigma_max = {sigma_max:.4g}: the largest eigenvalue of the curvature at the checkpoint, from {used} products."]
-    beta = _choose_n_beta(n_beta, examples, reasons)
+    beta = _choose_n_beta(n_beta, examples, batch_size, reasons)
     damping_used = _choose_damping(damping, curvature, reasons)
     gamma = damping_used * beta
     reasons.append(
@@ -141,7 +146,7 @@ def tune(
     if batch_size is not None and batch_size < examples:
         reasons.append(_batch_noise(step_size, beta, sigma_max, stiffest / (beta * sigma_max + gamma), batch_size))
     slowest = 2 / (step_size * flattest)
-    burn_in, kept, thinning = _lengths(slowest, draws, most_steps, reasons)
+    burn_in, kept, thinning = _lengths(slowest, draws, most_steps, times, reasons)
     return Tuned(step_size, beta, gamma, burn_in, kept, thinning, sigma_max, damping_used, bound, slowest, tuple(reasons))
 
 
@@ -158,16 +163,13 @@ def _check(
         raise InputError("the preconditioner must be positive throughout; got an entry that is not")
 
 
-def _choose_n_beta(given: float | None, examples: int, reasons: list[str]) -> float:
+def _choose_n_beta(given: float | None, examples: int, batch_size: int | None, reasons: list[str]) -> float:
     if given is not None:
         reasons.append(f"n_beta = {given:.4g}: as given.")
         return float(given)
-    chosen, plain = default_n_beta(examples), examples / log(examples)
-    why = (
-        f"N / log N with N = {examples}"
-        if chosen == plain or examples < 3
-        else f"N / log N = {plain:.0f} is above it, and batches add noise"
-    )
+    chosen = default_n_beta(examples, batch_size)
+    noise = f"{1 / PART:.0f} batches of {batch_size}, whose noise may be {BATCH_NOISE:.0%} of what is wanted; N = {examples} is above it"
+    why = f"N = {examples}, the posterior of the training itself" if chosen == examples else noise
     reasons.append(f"n_beta = {chosen:.4g}: {why}; terms of second order fall as 1 / n_beta beside those of first.")
     return chosen
 
@@ -213,21 +215,21 @@ def _batch_noise(step_size: float, n_beta: float, sigma_max: float, scale: float
     )
     return (
         f"{text}; less where the examples are well fitted."
-        if share <= 0.1
+        if share <= BATCH_NOISE
         else f"{text}; a larger batch_size or lower n_beta takes it down."
     )
 
 
-def _lengths(slowest: float, draws: int, most_steps: int, reasons: list[str]) -> tuple[int, int, int]:
+def _lengths(slowest: float, draws: int, most_steps: int, times: float, reasons: list[str]) -> tuple[int, int, int]:
     """(burn_in, draws, thinning)."""
     reasons.append(f"The slowest direction forgets in {slowest:.0f} steps (2 / (step_size localization), no curvature in it).")
-    burn_in, kept = ceil(BURN_IN_MODE * slowest), max(ceil(DRAWS_IN_MODE * slowest), draws)
+    burn_in, kept = ceil(BURN_IN_MODE * slowest), max(ceil(times * slowest), draws)
     thinning = ceil(kept / draws)
     if burn_in + draws * thinning > most_steps:
         burn_in = min(burn_in, most_steps // 4)
         thinning = max(1, (most_steps - burn_in) // draws)
         reasons.append(
-            f"Warning: it needs {ceil((BURN_IN_MODE + DRAWS_IN_MODE) * slowest)} steps, more than {most_steps}: burn_in = {burn_in}, "
+            f"Warning: it needs {ceil((BURN_IN_MODE + times) * slowest)} steps, more than {most_steps}: burn_in = {burn_in}, "
             f"draws = {draws} and thinning = {thinning} see it {draws * thinning / slowest:.1f} times. What scores owe to flat "
             "directions is too small; a higher damping mixes faster."
         )

@@ -80,7 +80,7 @@ def test_scores_have_errors_where_a_method_samples(run: Run) -> None:
     assert (errors[1:] > 0).all()
     assert (run.self_influence.sel(method="bif").to_numpy() < 0).all()
     assert run.manifest["units"]["correlated"] == "correlation"
-    assert run.manifest["damping"]["bif"] == pytest.approx(dict.fromkeys(run.manifest["damping"]["bif"], 5.0 / (23 / np.log(23))))
+    assert run.manifest["damping"]["bif"] == pytest.approx(dict.fromkeys(run.manifest["damping"]["bif"], 5.0 / 23))
 
 
 def test_trajectories_open_lazily_and_say_how_they_were_sampled(run: Run) -> None:
@@ -124,16 +124,18 @@ def test_sample_reuses_the_chains_and_prints_what_came_of_them(
 
 def test_tune_prints_a_table_to_paste_and_writes_nothing(run: Run, folder: Path, cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = len(objects(f"{run.store}/artifacts/trajectories"))
-    text = 'problem = "tiny.py:Tiny"\n[[methods]]\nname = "bif"\ndamping = 0.5\nbatch_size = 8\n'
+    text = 'problem = "tiny.py:Tiny"\nensemble = 2\n[[methods]]\nname = "bif"\ndamping = [0.5, 2.0]\nbatch_size = 8\nnormalized = true\n'
     config = write_config(folder / "tune", text, PROBLEM)
     assert cli.status(["sample", str(config), "--tune", "--store", f"{folder}/store", "--set", cluster]) == 0
     printed = capsys.readouterr().out
-    (table,) = tomllib.loads(printed)["methods"]
-    assert table["localization"] == pytest.approx(0.5 * table["n_beta"], rel=0.02)
+    tables = tomllib.loads(printed)["methods"]
+    assert [table["label"] for table in tables] == ["bif-0.5", "bif-2"]
+    assert all(table["normalized"] for table in tables)
+    assert [table["localization"] / table["n_beta"] for table in tables] == pytest.approx([0.5, 2.0], rel=1e-3)
     assert "# step_size = " in printed
     assert len(objects(f"{run.store}/artifacts/trajectories")) == before
     pasted = write_config(folder / "pasted", 'problem = "tiny.py:Tiny"\n' + printed)
-    assert load_config(pasted).methods[0]["name"] == "bif"
+    assert [table["name"] for table in load_config(pasted).methods] == ["bif", "bif"]
 
 
 def test_tokens_are_scored_and_shaded_and_the_league_table_has_bif(folder: Path, single: str) -> None:

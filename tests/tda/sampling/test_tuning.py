@@ -1,7 +1,5 @@
 """Settings follow from the curvature; on a quadratic, where all is known, they do what their reasons say."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -102,7 +100,7 @@ def test_one_everywhere_as_preconditioner_is_no_preconditioner():
 def test_every_choice_has_its_reason():
     _, curvature = quadratic()
     said = " ".join(tune(curvature, examples=1437, batch_size=64).reasons)
-    for what in ("sigma_max =", "n_beta = 197.7", "damping =", "localization =", "step_size =", "Batches of 64", "thinning ="):
+    for what in ("sigma_max =", "n_beta = 1344", "damping =", "localization =", "step_size =", "Batches of 64", "thinning ="):
         assert what in said
 
 
@@ -112,9 +110,21 @@ def test_a_direction_that_curves_down_more_than_the_prior_holds_is_named():
     assert not any("no bump" in reason for reason in tune(curvature, examples=1000, damping=1.1).reasons)
 
 
-def test_the_default_temperature_is_n_over_log_n_up_to_a_thousand():
-    assert default_n_beta(1437) == pytest.approx(1437 / math.log(1437))
-    assert default_n_beta(50_000) == 1000
+def test_the_default_temperature_is_n_until_batches_add_as_much_noise_as_is_wanted():
+    assert default_n_beta(50_000) == 50_000
+    assert default_n_beta(1000, 64) == 1000
+    assert default_n_beta(100, 128) == 100
+    chosen = default_n_beta(50_000, 64)
+    _, curvature = quadratic()
+    tuned = tune(curvature, examples=50_000, damping=1e-9, batch_size=64)
+    assert tuned.n_beta == pytest.approx(chosen) == pytest.approx(21 * 64)
+    assert tuned.step_size * chosen**2 * tuned.sigma_max / (4 * 64) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_draws_see_the_slowest_direction_as_often_as_is_asked():
+    _, curvature = quadratic(torch.linspace(0.0, 1.0, 20, dtype=torch.float64))
+    tuned = tune(curvature, examples=1000, damping=0.5, draws=50, times=100.0)
+    assert 100 * tuned.slowest <= tuned.draws * tuned.thinning < 100 * tuned.slowest + 51
 
 
 @pytest.mark.parametrize(
