@@ -83,6 +83,10 @@ class Bif(Method):
         given({**json.loads(self.fits[0].of), "seed": 0})
         if self.damping is not None and self.localization != "auto":
             raise ValueError(f"localization is {self.localization} and damping {self.damping}, which says the same; leave one of them out")
+        if self.damping == 0:
+            raise ValueError(
+                "damping is 0, and nothing would hold the flat directions: give it a number above 0, or leave it out to have it chosen"
+            )
         if self.chains < 2:
             raise ValueError(f"chains is {self.chains}; R-hat and standard errors compare chains: give at least 2")
         if self.draws < LEAST_DRAWS:
