@@ -47,18 +47,21 @@ unit: .venv/.dev ## the tests alone: the mathematics on all cores, one test each
 	$(BIN)/uv pip install --quiet --python .venv-peers/bin/python --constraint constraints.txt --editable '.[peers]'
 	@touch $@
 
-bench: .venv/.dev .venv-peers/.done ## against Kronfluence in pairs, solvers against each other and against one by one, retraining; a GPT with TDA_CASES=folder (20 minutes more)
+bench: .venv/.dev .venv-peers/.done ## against Kronfluence and devinterp in pairs, solvers against each other and against one by one, retraining; a GPT with TDA_CASES=folder (20 minutes more)
 	$(BIN)/python -m tests.benchmarks.solvers
 	$(BIN)/python -m tests.benchmarks.lds --timing
 	$(BIN)/python -m tests.benchmarks.lds --timing --network cnn
+	$(BIN)/python -m tests.benchmarks.covariance
+	$(BIN)/python -m tests.benchmarks.sampling
 	$(BIN)/python -m tests.benchmarks.compare
 
 benchfull: .venv/.dev .venv-peers/.done ## the same on all sequences, both sides also on oneDNN and in bfloat16 (hours)
 	$(BIN)/python -m tests.benchmarks.compare --all --sequences 2000
 
-lds: .venv/.dev ## LDS by retraining: the ladder on the digits, and SOURCE where training stopped early (10 minutes)
+lds: .venv/.dev ## LDS by retraining: the ladder on the digits, and SOURCE where training stopped early; Bayesian influence beside it (15 minutes)
 	$(BIN)/python -m tests.benchmarks.lds
 	$(BIN)/python -m tests.benchmarks.source
+	$(BIN)/python -m tests.benchmarks.bif
 
 soak: .venv/.dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m soak

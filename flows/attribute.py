@@ -16,7 +16,7 @@ from infra import storage
 from infra.cluster import ClusterSpec, ShardFailed, open_cluster
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
-from tasks import ensemble, layout, plan, prepare, publish, scores, solves
+from tasks import ensemble, layout, plan, prepare, publish, sampling_told, scores, solves
 from tasks.subject import Subject
 from tda import location, schema
 from tda.errors import InputError
@@ -132,7 +132,7 @@ def given(prepared: Prepared) -> Iterator[None]:
 
 
 @contextmanager
-def _prepared(request: prepare.Request, cluster: ClusterSpec) -> Iterator[Prepared]:
+def prepared(request: prepare.Request, cluster: ClusterSpec) -> Iterator[Prepared]:
     """What attribute_run prepared, or, in a flow that was started by a schedule, the same made here."""
     given = _PREPARED.get(None)
     if given is not None:
@@ -152,7 +152,7 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
     parsed = RunConfig.model_validate(config)
     request = request_of(parsed)
     progress = Progress()
-    with progress.shown(), _prepared(request, parsed.cluster.spec()) as ready, stages.session(ready.client, progress):
+    with progress.shown(), prepared(request, parsed.cluster.spec()) as ready, stages.session(ready.client, progress):
         inputs, reused = ready.inputs, {}
         if not request.subject.checkpoint:
             reused["checkpoint"] = stages.train(request, inputs)
@@ -192,9 +192,10 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
             "damping": publish.used_damping(decided),
             "layer_share": publish.layer_share(decided, receipts[0]),
         }
-        found |= solves.summarize(decided)
-        found["notes"] = [*manifest["notes"], *solves.warnings(found["solves"])]
-        for line in solves.warnings(found["solves"]):
+        found |= solves.summarize(decided) | sampling_told.summarize(decided)
+        warned = [*solves.warnings(found["solves"]), *sampling_told.warnings(found["sampling"])]
+        found["notes"] = [*manifest["notes"], *warned]
+        for line in warned:
             progress.say(line)
         solves.write_solves(decided)
         stages.finish(decided, run_url, manifest | found, ready.started)

@@ -122,6 +122,32 @@ def evaluate(
 
 
 @app.command()
+def sample(
+    config: Annotated[str, typer.Argument(help="The run's TOML file.", metavar="CONFIG")],
+    tune: Annotated[bool, typer.Option("--tune", help="Choose step size, localization and lengths, say why, and sample nothing.")] = False,
+    store: Annotated[str | None, typer.Option(help="Store results here instead.", metavar="URL")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file.", metavar="KEY=VALUE")] = None,
+) -> None:
+    """Run the SGLD chains of a configuration alone, and judge them; `tda run` then reuses them."""
+    from flows.config import load_config
+
+    parsed = load_config(config, overrides or [], store)
+
+    from infra.settings import quiet_prefect
+
+    quiet_prefect()
+    from flows.chains import print_sampled, print_tuned
+    from flows.sample import sample_run
+
+    command = _same("sample", config, store, overrides)
+    found = sample_run(parsed, f"{command} --tune" if tune else command, tune=tune)
+    if tune:
+        print_tuned(found)
+    else:
+        print_sampled(found)
+
+
+@app.command()
 def decompose(
     config: Annotated[str, typer.Argument(help="The study's TOML file.", metavar="CONFIG")],
     store: Annotated[str | None, typer.Option(help="Store results here instead.", metavar="URL")] = None,
@@ -230,8 +256,18 @@ def _print_summary(summary: "RunSummary") -> None:
     _print_examples(opened)
     typer.echo(f"\nrun      {summary.run_id}")
     typer.echo(f"reused   {', '.join(summary.reused) or 'nothing: all was computed'}")
+    for title, told in opened.manifest.get("sampling", {}).items():
+        typer.echo(f"chains   {title}: {_verdict(told)}")
     typer.echo(f"report   {_readable(summary.report_url)}")
     typer.echo(f'open     import tda; run = tda.open_run("{_readable(summary.store)}", "{summary.run_id}")')
+
+
+def _verdict(told: "Mapping[str, Any]") -> str:
+    from flows.chains import uncertain, verdict
+
+    said = [line for each in (told, *told.get("members", [])) for line in each["verdict"]]
+    signs = f"{uncertain(told)} of the scores are of uncertain sign"
+    return f"{verdict({'verdict': said})}; {signs}{'; see the report: ' if said else ''}{said[0] if said else ''}"
 
 
 def _print_examples(opened: "Run") -> None:

@@ -17,7 +17,22 @@ from prefect.cache_policies import NO_CACHE
 from flows.progress import Progress
 from infra import storage
 from infra.cluster import ShardFailed, run_shards
-from tasks import dense, directions, ensemble, factors, layout, plan, prepare, projection, publish, retraining, scores, subject, training
+from tasks import (
+    dense,
+    directions,
+    ensemble,
+    factors,
+    layout,
+    plan,
+    prepare,
+    projection,
+    publish,
+    retraining,
+    sampling,
+    scores,
+    subject,
+    training,
+)  # fmt: skip
 from tda import location
 from tda.errors import InputError
 
@@ -106,7 +121,8 @@ def train(request: prepare.Request, inputs: prepare.Inputs) -> bool:
 def fit(job: plan.FitJob) -> bool:
     """Fit one set of factors, spectra or projections; True where an earlier run had."""
     if layout.is_complete(job.url):
-        storage.delete_tree(location.join(job.url, "partial"))  # left where a run was killed right after its fit was complete
+        for rest in ("partial", "state"):  # left where a run was killed right after its fit was complete
+            storage.delete_tree(location.join(job.url, rest))
         return True
     try:
         if isinstance(job, factors.FactorJob):
@@ -115,6 +131,8 @@ def fit(job: plan.FitJob) -> bool:
             _fit_projection(job)
         elif isinstance(job, retraining.RetrainJob):
             retrain(job, "retrain (dtda)")
+        elif isinstance(job, sampling.SampleJob):
+            _sample(job)
         else:
             _fit_spectra(job)
     except ShardFailed:
@@ -152,6 +170,16 @@ def _fit_projection(job: projection.ProjectionJob) -> None:
     run(projection.sum_part, [(job, part) for part in range(job.parts)], "projected gradients")
     _price(job.url, before)
     run(projection.finish, [job], "finish projection")
+
+
+def _sample(job: sampling.SampleJob) -> None:
+    session, before = here(), here().spent
+    session.shards(sampling.prepare, [job], "prepare chains")
+    for line in sampling.warnings(job):
+        session.progress.say(line)
+    session.shards(sampling.sample_group, [(job, group) for group in range(len(job.cut.groups))], "chains")
+    _price(job.url, before)
+    session.shards(sampling.finish, [job], "finish chains")
 
 
 def retrain(job: retraining.RetrainJob, stage: str, masks: np.ndarray[Any, Any] | None = None) -> None:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from tasks import dense, projection, retraining
+from tasks import dense, projection, retraining, sampling
 from tasks.factors import fitted
-from tasks.subject import Subject, open_subject
+from tasks.subject import Opened, Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location
-from tda.directions import Dense, Direction, Factored, join, query_gradients, squared_norms, take
+from tda.directions import Dense, Direction, Factored, join, query_gradients, query_measurements, squared_norms, take
 from tda.methods import Method, parse
 from tda.methods.work import Fit, Work
 from tda.products import Products
@@ -77,9 +77,11 @@ class DirectionJob:
 
 
 def load_fit(fit: Fit, url: str, subject: Subject) -> tuple[Any, ...]:
-    """A completed fit: one Factor per block, the Spectra of a dense one or of projected gradients, or the Truth of a retraining."""
+    """A completed fit: one Factor per block, Spectra (dense, or of projected gradients), the Truth of a retraining, Trajectories chains."""
     if fit.kind == "retraining":
         return truth(url)
+    if fit.kind == "chains":
+        return sampling.load(url)
     if fit.kind == "projection":
         return projection.load(url)
     return fitted(url, subject) if fit.kind == "kronecker" else spectra(url)
@@ -109,8 +111,8 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
     url = job.place("queries", block)
     if not location.exists(url):
         opened = open_subject(job.subject)
-        gradients, values = query_gradients(opened.attributed, opened.query, job.ids(block), batch_size=job.batch_size)
-        norms = torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
+        method = job.parsed()
+        gradients, values, norms = _of_queries(job, block, opened, taken=method.takes_gradients)
         state = job.place("state", block)
 
         def gradients_at(segment: int) -> list[Direction]:
@@ -133,7 +135,6 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
             job.ids(block),
             gradients_at if job.checkpoints else None,
         )
-        method = job.parsed()
         made = method.directions(work, gradients)
         tensors = {"measurement": values, "norms": norms} | {f"kept/{name}": tensor for name, tensor in made.kept.items()}
         for p, directions in enumerate(made.passes):
@@ -144,6 +145,15 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
         write_tensors(url, tensors)
         storage.delete(state)
     return {"seconds": time.perf_counter() - started}
+
+
+def _of_queries(job: DirectionJob, block: int, opened: Opened, *, taken: bool) -> tuple[list[Direction], Tensor, Tensor]:
+    """Gradients of the queries, their measurements, and the gradients' norms; no gradients, and norms of 0, where none are taken."""
+    if not taken:
+        values = query_measurements(opened.attributed, opened.query, job.ids(block), batch_size=job.batch_size)
+        return [], values, torch.zeros_like(values)
+    gradients, values = query_gradients(opened.attributed, opened.query, job.ids(block), batch_size=job.batch_size)
+    return gradients, values, torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
 
 
 def _kept(url: str) -> Callable[[dict[str, Tensor]], None]:

@@ -17,7 +17,7 @@ from tda.methods.sweep import expand
 from tda.results import Run
 
 #: What the artifacts of fits are called.
-_KINDS = {"kronecker": "factors", "dense": "spectra", "projection": "projections", "retraining": "retraining"}
+_KINDS = {"kronecker": "factors", "dense": "spectra", "projection": "projections", "retraining": "retraining", "chains": "trajectories"}
 
 
 def compute_seconds(run: Run) -> np.ndarray[Any, Any]:

@@ -16,6 +16,7 @@ from tasks.factors import FactorJob
 from tasks.prepare import Inputs, Request
 from tasks.projection import ProjectionJob
 from tasks.retraining import RetrainJob
+from tasks.sampling import SampleJob
 from tasks.scores import CHUNK_QUERIES, Scored, ScoreJob
 from tasks.subject import Subject, open_subject, read_checkpoint
 from tasks.tensors import write_tensors
@@ -32,9 +33,15 @@ from tda.projection import Projection
 from tda.schema import SIGN
 from tda.trajectory import Segment, average
 
-FitJob = FactorJob | DenseJob | ProjectionJob | RetrainJob
+FitJob = FactorJob | DenseJob | ProjectionJob | RetrainJob | SampleJob
 #: What a fit's artifact is called, by the class of its job.
-ARTIFACTS = {FactorJob: "factors", DenseJob: "spectra", ProjectionJob: "projections", RetrainJob: "retraining"}
+ARTIFACTS = {
+    FactorJob: "factors",
+    DenseJob: "spectra",
+    ProjectionJob: "projections",
+    RetrainJob: "retraining",
+    SampleJob: "trajectories",
+}
 
 
 @dataclass(frozen=True)
@@ -206,6 +213,10 @@ class _Cutter:
         if fit.kind == "retraining":
             asked, seen = self.request.subject, self.subject.inputs
             return _retraining(store, asked.problem, asked.options, fit.of, self.request.seed, asked.dtype, seen)
+        if fit.kind == "chains":
+            options = json.dumps(json.loads(fit.of) | {"seed": self.seed}, sort_keys=True)
+            key = fingerprint("trajectories", options=options, query=self.inputs.query, **self._common(self.subject))
+            return SampleJob(layout.artifact(store, "trajectories", key), self.subject, options, examples, self.inputs.queries, self.batch)
         subjects: tuple[Subject, ...] = (self.subject,)
         if fit.segment is not None:
             subjects = (unrolled.averages[fit.segment],) if unrolled.averages else unrolled.checkpoints[fit.segment]

@@ -19,6 +19,8 @@ from tda.errors import InputError
 from tda.methods import Method, parse_all
 from tda.problem import Problem, can_fit, problem_digest
 from tda.products import Products
+from tda.sampling.refusals import TRIED, check_model
+from tda.sampling.settle import given
 
 #: So many examples of each split are evaluated before a run starts; the others' losses are checked when they are scored.
 PROBED = 1024
@@ -91,6 +93,7 @@ def _examined(request: Request) -> Inputs:
         next(problem.likelihood.hessian_columns(opened.attributed.tape(batch).outputs.detach(), batch.targets))
     for method in methods:
         _check_products(method, problem)
+        _check_chains(method, opened)
         method.check(opened.attributed)
         if method.meets != "final" and subject.checkpoint:
             segments_of(method, subject.checkpoint)
@@ -114,6 +117,15 @@ def _check_products(method: Method, problem: Problem) -> None:
             f"method {method.title!r} needs hessian_product(outputs, targets, tangents) of likelihood {type(problem.likelihood).__name__}, "
             'which has none; define it, or use the Hessian: name = "hessian", or curvature = "hessian"'
         )
+
+
+def _check_chains(method: Method, opened: Opened) -> None:
+    """InputError where a method needs chains, and the model's loss is none to sample, or the data are fewer than a batch."""
+    for fit in method.fits:
+        if fit.kind == "chains":
+            size = given(json.loads(fit.of) | {"seed": 0}).batch(length(opened.train, "train"))
+            some = range(min(TRIED, len(opened.train)))
+            check_model(opened.attributed, opened.attributed.load(opened.train, some), size)
 
 
 def _target_check(opened: Opened, split: str) -> Callable[[Tensor], None]:

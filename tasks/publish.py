@@ -72,6 +72,7 @@ def notes(plan: Plan) -> list[str]:
     said = [f"{b.name}: diagonal curvature ({b.size} parameters without Kronecker structure)" for b in blocks if b.structure == "diagonal"]
     said += [f"{b.name}: {b.remark}" for b in blocks if b.remark]
     said += [f"{m.title}: a cosine; it ranks examples and predicts no change" for m in plan.methods if m.cosine]
+    said += [f"{m.title}: a correlation; it ranks examples and predicts no change" for m in plan.methods if m.unit == "correlation"]
     return said
 
 

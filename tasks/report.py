@@ -11,7 +11,7 @@ import hashlib
 import json
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from tasks.report_charts import histogram
 from tasks.report_content import Describes, Split, described
+from tasks.report_sampling import Speaks, heat_map, sampled
 from tasks.report_text import date, number, percent, seconds
 from tda.results import NotStored, ranking
 
@@ -27,19 +28,23 @@ if TYPE_CHECKING:
 
     from tda.results import Kind, Run
 
+    class Shows(Describes, Speaks, Protocol):
+        """The part of a problem that the page needs."""
+
     _Examples = Callable[[int], dict[str, Any]]
     _Array = np.ndarray[Any, Any]
 
 OUTLIERS = 12
+HEATED = 2  # examples at each end of a query's ranking whose tokens are shown
 MOST_SCORES = 4_000_000  # per method, in the histogram: 16 MB; of larger runs, some queries are drawn
 
 
-def write_report(run: Run, problem: Describes, *, queries: int = 6, k: int = 5) -> bytes:
+def write_report(run: Run, problem: Shows, *, queries: int = 6, k: int = 5) -> bytes:
     """The report of a run as one self-contained HTML page, UTF-8.
 
     Args:
         run: an opened run; rows of its scores are read for the queries shown, and up to MOST_SCORES per method for the distribution.
-        problem: describes its examples as image, text or dict.
+        problem: describes its examples as image, text or dict, and names tokens where a method scores them.
         queries: how many are shown: those whose measurement is worst.
         k: how many helpful, and how many harmful examples are shown for each.
     """
@@ -49,7 +54,7 @@ def write_report(run: Run, problem: Describes, *, queries: int = 6, k: int = 5) 
         "manifest": run.manifest,
         "created": date(run.manifest.get("created", "")),
         "measurement": run.manifest.get("measurement", {}).get("name", "measurement"),
-        "queries": [_query(run, asked(place), train, place, k) for place in _worst_queries(run, queries)],
+        "queries": [_query(run, problem, asked(place), train, place, k) for place in _worst_queries(run, queries)],
         "methods": [_method(run, train, place) for place in range(len(run.methods))],
         "timings": _timings(run.manifest.get("timings", {})),
         "coverage": run.manifest.get("coverage", {}),
@@ -102,10 +107,14 @@ def _worst_queries(run: Run, count: int) -> list[int]:
     return [int(place) for place in np.argsort(values if run.better == "higher" else -values, kind="stable")[:count]]
 
 
-def _query(run: Run, query: dict[str, Any], train: _Examples, place: int, k: int) -> dict[str, Any]:
+def _query(run: Run, problem: Shows, query: dict[str, Any], train: _Examples, place: int, k: int) -> dict[str, Any]:
     """One query with its most helpful and most harmful examples by every method; reads one row of the scores per method."""
-    rows = run.influence[:, place].to_numpy()
-    return query | {"methods": [{kind: _ranked(run, query, train, row, kind, k) for kind in ("helpful", "harmful")} for row in rows]}
+    methods: list[dict[str, Any]] = []
+    for m, row in enumerate(run.influence[:, place].to_numpy()):
+        found: dict[str, Any] = {kind: _ranked(run, query, train, row, kind, k) for kind in ("helpful", "harmful")}
+        shown = [example["id"] for kind in ("helpful", "harmful") for example in found[kind][:HEATED]]
+        methods.append(found | {"heat": heat_map(run, problem, m, query["id"], shown)})
+    return query | {"methods": methods}
 
 
 def _ranked(run: Run, query: dict[str, Any], train: _Examples, scores: _Array, kind: Kind, k: int) -> list[dict[str, Any]]:
@@ -130,6 +139,7 @@ def _method(run: Run, train: _Examples, place: int) -> dict[str, Any]:
         "unit": _unit(run, place),
         "cosine": _unit(run, place).startswith("cosine"),
         "solve": run.manifest.get("solves", {}).get(run.methods[place]),
+        "sampling": sampled(run, place),
         "separable": run.manifest.get("separable_errors", {}).get(run.methods[place]),
     }
 

@@ -20,7 +20,7 @@ from tda import location, schema
 from tda.errors import InputError, cause
 from tda.methods import Method
 from tda.products import Products
-from tda.scoring import Scorer, ShardScores, score
+from tda.scoring import Direct, Scorer, ShardScores, score
 from tda.self_products import Own
 
 #: A stored chunk holds so many queries, or more where it would be below CHUNK_NUMBERS: a query's row is then read without many others.
@@ -87,7 +87,12 @@ class ScoreJob:
     @property
     def owned(self) -> tuple[bool, ...]:
         """Which methods give self-influence."""
-        return tuple(_gives_own(method) for method in self.parsed())
+        return tuple(_gives_own(method) or method.has_own for method in self.parsed())
+
+    @property
+    def erring(self) -> tuple[bool, ...]:
+        """Which methods give standard errors."""
+        return tuple(method.has_stderr for method in self.parsed())
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,10 @@ def _gives_own(method: Method) -> bool:
     return type(method).own is not Method.own or type(method).owns is not Method.owns
 
 
+def _direct(job: DirectionJob, method: Method, kept: dict[str, Tensor]) -> Direct | None:
+    return None if type(method).direct is Method.direct else method.direct(kept, curvature_of(job))
+
+
 def _owns(job: DirectionJob) -> Sequence[Own | None]:
     return job.parsed().owns(open_subject(job.subject).attributed, curvature_of(job), job.segments, job.seed)
 
@@ -115,7 +124,7 @@ def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor
     for m, (scored, method) in enumerate(zip(job.methods, job.parsed(), strict=True)):
         read = read_directions(scored.directions, job.query_ids(block))
         measurement = read.measurement
-        if (direct := method.direct(read.kept)) is not None:
+        if (direct := _direct(scored.directions, method, read.kept)) is not None:
             parts[job.subject].append(Part(m, 1.0, Scorer(method.title, (), read.norms, direct=direct)))
             continue
         owned = job.self_influence and block == 0 and _gives_own(method)
@@ -145,6 +154,8 @@ def create_results(job: ScoreJob, labels: dict[str, np.ndarray | None], attrs: d
     layout.ensure_array(group, "query_measurement", (q,), (job.query_block,))
     if job.self_influence:
         layout.ensure_array(group, "self_influence", (m, n), (1, job.shard_size))
+    if any(job.erring):
+        layout.ensure_array(group, "stderr", (m, q, n), (1, job.query_chunk, job.shard_size))
     coordinates = {"method": np.array([method.title for method in methods], dtype=object), "train": np.arange(n), "query": np.arange(q)}
     coordinates |= {f"{split}_label": values for split, values in labels.items() if values is not None}
     for name, coordinate in coordinates.items():
@@ -169,6 +180,8 @@ def score_shard(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
     group: Any = location.open_group(job.results, "r+")
     train, query = (slice(ids.start, ids.stop) for ids in (job.train_ids(shard), job.query_ids(block)))
     group["influence"][:, query, train] = found.influence.float().numpy()
+    for m, stderr in found.stderr.items():
+        group["stderr"][m, query, train] = stderr.float().numpy()
     if block == 0:
         group["train_loss"][train] = found.loss.float().numpy()
         if found.self_influence is not None:
@@ -186,7 +199,7 @@ def _scored(job: ScoreJob, shard: int, block: int) -> tuple[ShardScores, Tensor]
     methods, ids = len(job.methods), job.train_ids(shard)
     influence = torch.zeros(methods, len(measurement), len(ids), dtype=measurement.dtype)
     own = torch.full((methods, len(ids)), torch.nan, dtype=measurement.dtype)
-    mass, losses = torch.zeros(0), torch.zeros(0)
+    mass, losses, errors = torch.zeros(0), torch.zeros(0), dict[int, Tensor]()
     for subject, here in parts.items():
         opened = open_subject(subject)
         final = subject == job.subject
@@ -205,9 +218,11 @@ def _scored(job: ScoreJob, shard: int, block: int) -> tuple[ShardScores, Tensor]
         for k, part in enumerate(here):
             influence[part.method].add_(found.influence[k], alpha=part.weight)
             mass[part.method] += part.weight * found.mass[k]
-            if found.self_influence is not None and part.scorer.own is not None:
+            if k in found.stderr:
+                errors[part.method] = found.stderr[k]
+            if found.self_influence is not None and (part.scorer.own is not None or part.scorer.direct is not None):
                 own[part.method] = part.weight * found.self_influence[k] + own[part.method].nan_to_num(0.0)
-    return ShardScores(influence, own if job.self_influence and block == 0 else None, losses, mass), measurement
+    return ShardScores(influence, own if job.self_influence and block == 0 else None, losses, mass, errors), measurement
 
 
 def verify_shard(task: tuple[ScoreJob, int]) -> dict[str, Any]:
@@ -223,6 +238,8 @@ def verify_shard(task: tuple[ScoreJob, int]) -> dict[str, Any]:
     wanted: dict[str, tuple[Any, ...]] = dict.fromkeys(("influence", "train_loss"), (..., train))
     if job.self_influence and any(job.owned):
         wanted["self_influence"] = (np.flatnonzero(job.owned), train)
+    if any(job.erring):
+        wanted["stderr"] = (np.flatnonzero(job.erring), slice(None), train)
     if shard == 0:
         wanted["query_measurement"] = (...,)
     for name, where in wanted.items():

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from tda.attributed import Attributed
 from tda.blocks import Block, Pair, example_gradients
+from tda.capture import Tape
 from tda.costs import gram_form, rows_smaller
 from tda.data import batches
 from tda.errors import InputError
+from tda.problem import Batch
 from tda.products import Products, fast_float32, matmul
 
 
@@ -113,6 +115,23 @@ def _embedding_inner(matrix: Tensor, pair: Pair) -> Tensor:
     return torch.stack(each, 1)
 
 
+def query_measurements(attributed: Attributed, dataset: Any, ids: Sequence[int], *, batch_size: int) -> Tensor:
+    """The measurements (query,) of `query_gradients`, by forward passes alone; InputError as there."""
+    values = []
+    with fast_float32(), torch.no_grad():
+        for part in batches(ids, batch_size):
+            batch = attributed.load(dataset, part)
+            tape = attributed.tape(batch)
+            values.append(_measured(attributed, tape, batch, part))
+    return torch.cat(values)
+
+
+def _measured(attributed: Attributed, tape: Tape, batch: Batch, ids: Sequence[int]) -> Tensor:
+    measured = tape.measurement(tape.precise, batch.targets).to(attributed.dtype)
+    check_finite(measured, ids, "measurement of query")
+    return measured
+
+
 def query_gradients(attributed: Attributed, dataset: Any, ids: Sequence[int], *, batch_size: int) -> tuple[list[Direction], Tensor]:
     """Gradients of the measurement at the queries, block by block, and the measurements (query,).
 
@@ -124,9 +143,7 @@ def query_gradients(attributed: Attributed, dataset: Any, ids: Sequence[int], *,
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
             tape = attributed.tape(batch)
-            measured = tape.measurement(tape.precise, batch.targets).to(attributed.dtype)
-            check_finite(measured, part, "measurement of query")
-            values.append(measured)
+            values.append(_measured(attributed, tape, batch, part))
             pairs = tape.pairs(tape.seed(tape.measurement))
             found.append([_gradient(block, p) for block, p in zip(attributed.blocks, pairs, strict=True)])
     # Parts are let go as they are joined: both together would be twice the memory.

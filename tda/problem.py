@@ -9,7 +9,7 @@ import inspect
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +90,10 @@ class Problem(ABC):
         """Text, image array or dict that shows example i of a split in reports; by default its inputs."""
         data = self.train_data() if split == "train" else self.query_data()
         return data[i][0]
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Texts of tokens by their places in the vocabulary, for reports that show the influence of each; by default the places."""
+        return [str(i) for i in ids]
 
 
 def can_fit(problem: Problem) -> bool:

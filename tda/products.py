@@ -49,6 +49,13 @@ def fast_float32() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def plain_float32() -> Iterator[None]:
+    """Within it, float32 products run on the default kernels: what is slow on oneDNN leaves `fast_float32` so."""
+    with _matmul_precision("ieee"):
+        yield
+
+
 def matmul(a: Tensor, b: Tensor, products: Products = "full") -> Tensor:
     """a @ b; with "bfloat16" the factors are rounded to bfloat16, and the sums are accumulated in float32. Returns a's dtype.
 

@@ -22,6 +22,7 @@ from tda.labelled import Scores
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
 _SPECTRA = ("eigenvalues", "kfac_in", "kfac_out")
 
@@ -152,7 +153,9 @@ class Run:
 
     @property
     def stderr(self) -> xr.DataArray:
-        """Standard errors (method, query, train) of the influence, float32, lazily; over the models of an ensemble.
+        """Standard errors (method, query, train) of the influence, float32, lazily; NaN for methods without.
+
+        Of an ensemble, over its models, whose spread holds what each of them sampled; of a single model, where a method samples (bif).
 
         Raises:
             NotStored: nothing of the run has an error estimate.
@@ -197,10 +200,32 @@ class Run:
 
     @property
     def trajectories(self) -> xr.Dataset:
-        """Loss trajectories of sampling chains; no method stores them yet."""
-        raise NotStored(
-            f"run {self.id} has no trajectories; methods that sample (bif) store them, and none of {', '.join(self.methods)} does"
-        )
+        """`trajectories_of` the last method of the configuration that samples."""
+        return self.trajectories_of()
+
+    def trajectories_of(self, method: str | None = None, member: int = 0) -> xr.Dataset:
+        """Losses along the chains of a method that samples, less those at the checkpoint, lazily; NaN where a chain was lost.
+
+        docs/bif.md names arrays and attributes. Raises NotStored where the method does not sample, or none does.
+        """
+        from tda.sampled import trajectories
+
+        return trajectories(self, method, member)
+
+    def token_influence(
+        self, query: int, train: Sequence[int], method: str | None = None, *, by_query_token: bool = False, member: int = 0
+    ) -> xr.DataArray:
+        """The influence of single tokens of training examples on a query, (train, train_token), computed now; 0 where there is no label.
+
+        by_query_token: on the loss of each of the query's tokens, (train, train_token, query_token). Sums are the sequence's influence.
+
+        Raises:
+            NotStored: no losses of single tokens are stored.
+            InputError: no such query or training example.
+        """
+        from tda.sampled import token_influence
+
+        return token_influence(self, query, train, method, member, by_query_token=by_query_token)
 
     @property
     def evaluation(self) -> xr.Dataset:

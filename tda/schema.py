@@ -63,7 +63,13 @@ _CURVATURE = "nats per parameter^2"
 _RESULTS = (
     ArraySpec("influence", ("method", "query", "train"), _SINGLE, "influence of a training example on a query", UNITS, SIGN, _NAN),
     ArraySpec(
-        "stderr", ("method", "query", "train"), _SINGLE, "standard error of the influence, over an ensemble's models", UNITS, "", _NAN
+        "stderr",
+        ("method", "query", "train"),
+        _SINGLE,
+        "standard error of the influence: over an ensemble's models, else of what was sampled; NaN where a method gives none",
+        UNITS,
+        "",
+        _NAN,
     ),
     ArraySpec("self_influence", ("method", "train"), _SINGLE, "influence of a training example on its own loss", "nats", SIGN, _NAN),
     ArraySpec("method", ("method",), ("str",), "label of a method", fill=""),
@@ -170,6 +176,34 @@ _RETRAINING = (
     ArraySpec("training_seed", ("alpha", "subset", "seed"), _INTEGER, "seed of a retraining: of its weights and of its batches", fill=-1),
 )
 
+# Chains around a checkpoint w*: losses and measurements along them, less those at w*. NaN where a chain was lost.
+_TRAJECTORIES = (
+    ArraySpec("loss_train", ("chain", "draw", "train"), _SINGLE, "l(w) - l(w*) of a training example", "nats", fill=_NAN),
+    ArraySpec("loss_query", ("chain", "draw", "query"), _SINGLE, "l(w) - l(w*) of a query", "nats", fill=_NAN),
+    ArraySpec("measurement_query", ("chain", "draw", "query"), _SINGLE, "f(w) - f(w*) of a query", UNITS, fill=_NAN),
+    ArraySpec(
+        "token_loss_train",
+        ("chain", "draw", "train", "train_token"),
+        _SINGLE,
+        "a token's part of l(w) - l(w*)",
+        "nats",
+        "",
+        _NAN,
+    ),
+    ArraySpec(
+        "token_loss_query",
+        ("chain", "draw", "query", "query_token"),
+        _SINGLE,
+        "a token's part of l(w) - l(w*)",
+        "nats",
+        "",
+        _NAN,
+    ),
+    ArraySpec("mean_loss_train", ("chain", "draw"), _WIDE, "mean over the training set of l(w) - l(w*)", "nats", fill=_NAN),
+    ArraySpec("distance", ("chain", "draw"), _SINGLE, "||w - w*|| over the attributed parameters", fill=_NAN),
+    ArraySpec("batch_loss", ("chain", "step"), _SINGLE, "mean loss of a step's batch, before it; burn-in included", "nats", fill=_NAN),
+)
+
 # What `tda evaluate` finds, beside the ground truth that it uses.
 _EVALUATION = (
     ArraySpec("lds", ("method", "alpha", "query"), _WIDE, "linear datamodelling score of a query", fill=_NAN),
@@ -210,7 +244,7 @@ _EVALUATION = (
 )
 
 SPECS: Mapping[str, ArraySpec] = {
-    spec.name: spec for spec in (*_RESULTS, *_SOLVES, *_RETRAINING, *_EVALUATION, *_STUDIES, *_FACTORS, *_SPECTRA)
+    spec.name: spec for spec in (*_RESULTS, *_SOLVES, *_RETRAINING, *_TRAJECTORIES, *_EVALUATION, *_STUDIES, *_FACTORS, *_SPECTRA)
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,8 +30,19 @@ from tda.self_products import (
     whole_products,
 )
 
-#: Scores (query, batch) of training examples by their ids, from the model and the recorded forward pass of their batch.
-Direct = Callable[[Attributed, Tape, Sequence[int]], Tensor]
+
+@dataclass(frozen=True)
+class Directly:
+    """What a method says of a batch without directions: influence (query, batch), its standard error, and self-influence (batch,)."""
+
+    influence: Tensor
+    stderr: Tensor | None = None
+    own: Tensor | None = None
+
+
+#: Scores of training examples by their ids, from the model and the recorded forward pass of their batch; a tensor (query, batch) where
+#: there is nothing but the influence.
+Direct = Callable[[Attributed, Tape, Sequence[int]], Tensor | Directly]
 
 
 @dataclass(frozen=True)
@@ -63,13 +74,15 @@ class ShardScores:
 
     influence (method, query, train); self_influence (method, train): each example's effect on its own loss, NaN where a method does not
     give it, or None; loss (train,);
-    mass (method, block): sum of |score| by block, from which the layers' shares are taken.
+    mass (method, block): sum of |score| by block, from which the layers' shares are taken. stderr: standard errors of the influence, by
+    the place of the methods that estimate them.
     """
 
     influence: Tensor
     self_influence: Tensor | None
     loss: Tensor
     mass: Tensor
+    stderr: dict[int, Tensor] = field(default_factory=dict)
 
 
 def score(
@@ -97,6 +110,7 @@ def score(
         torch.cat(selves, 1) if selves else None,
         torch.cat([f.loss for f in found]),
         torch.stack([f.mass for f in found]).sum(0),
+        {m: torch.cat([f.stderr[m] for f in found], 1) for m in found[0].stderr},
     )
 
 
@@ -117,14 +131,16 @@ def _score_batch(
     projected: dict[Projection, dict[int, Tensor]] = {s.own.projection: {} for s in scorers if selves and isinstance(s.own, Projected)}
     if not scorers:
         return ShardScores(influence, own if selves else None, loss, mass)
-    made = _score_directly(attributed, scorers, tape, ids, influence)
-    for b, (block, pairs) in enumerate(zip(attributed.blocks, tape.pairs(tape.seed(attributed.problem.likelihood.loss)), strict=True)):
+    direct = _score_directly(attributed, scorers, tape, ids, influence)
+    made = [(m, scorer) for m, scorer in enumerate(scorers) if m not in direct]
+    each = zip(attributed.blocks, tape.pairs(tape.seed(attributed.problem.likelihood.loss)), strict=True) if made else ()
+    for b, (block, pairs) in enumerate(each):
         if not pairs:
             continue
         scores = _block_scores(block, [s.directions[b] for _, s in made], pairs, products)
-        for (m, scorer), each in zip(made, scores, strict=True):
-            influence[m] += each
-            mass[m, b] = each.abs().sum(dtype=torch.float64)
+        for (m, scorer), part in zip(made, scores, strict=True):
+            influence[m] += part
+            mass[m, b] = part.abs().sum(dtype=torch.float64)
             if selves and isinstance(scorer.own, Plain | Kronecker) and not scorer.cosine:
                 own[m] += block_products(scorer.own, b, block, pairs, products)
         if any(s.cosine for s in scorers):
@@ -140,8 +156,10 @@ def _score_batch(
         _to_unit(scorer, influence[m], own[m], norms, examples)
         check_finite(influence[m].abs().sum(0) + own[m], ids, f"{scorer.title} score (the gradient) of train example")
         if scorer.own is None:
-            own[m] = torch.nan
-    return ShardScores(influence, own if selves else None, loss, mass)
+            told = direct[m].own if m in direct else None
+            own[m] = torch.full_like(loss, torch.nan) if told is None else told
+    errors = {m: said.stderr.to(loss.dtype) for m, said in direct.items() if said.stderr is not None}
+    return ShardScores(influence, own if selves else None, loss, mass, errors)
 
 
 def _across_blocks(own: WholeSpectra | Projected, kept: list[Tensor] | None, features: dict[Projection, list[Tensor]]) -> Tensor:
@@ -154,12 +172,13 @@ def _across_blocks(own: WholeSpectra | Projected, kept: list[Tensor] | None, fea
 
 def _score_directly(
     attributed: Attributed, scorers: Sequence[Scorer], tape: Tape, ids: Sequence[int], influence: Tensor
-) -> list[tuple[int, Scorer]]:
-    """Put the scores of those that need no gradients in their places; the others, with theirs, are left."""
-    for m, scorer in enumerate(scorers):
-        if scorer.direct is not None:
-            influence[m] = scorer.direct(attributed, tape, ids)
-    return [(m, scorer) for m, scorer in enumerate(scorers) if scorer.direct is None]
+) -> dict[int, Directly]:
+    """What those that need no gradients say, by their places; their scores are put in place."""
+    said = {m: scorer.direct(attributed, tape, ids) for m, scorer in enumerate(scorers) if scorer.direct is not None}
+    found = {m: Directly(each) if isinstance(each, Tensor) else each for m, each in said.items()}
+    for m, each in found.items():
+        influence[m] = each.influence
+    return found
 
 
 def negligible(dtype: torch.dtype) -> float:

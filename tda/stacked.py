@@ -39,12 +39,12 @@ class Stack:
 
     def outputs(self, batch: Batch) -> Tensor:
         """Every model's outputs of one batch, (M, B, ...), without gradients."""
-        wrapped = _Predict(self.problem, self.skeleton.eval())
+        wrapped = Predict(self.problem, self.skeleton.eval())
         with torch.no_grad():
             return vmap(wrapped.outputs, in_dims=(0, None, None))(self.parameters, batch.inputs, batch.targets)
 
 
-class _Predict(nn.Module):
+class Predict(nn.Module):
     """Problem.predict as a module's forward, so that the model's weights can be put in its place."""
 
     def __init__(self, problem: Problem, model: nn.Module) -> None:
@@ -52,6 +52,7 @@ class _Predict(nn.Module):
         self.problem, self.model = problem, model
 
     def forward(self, inputs: Any, targets: Tensor) -> Tensor:
+        """What the problem predicts."""
         return self.problem.predict(self.model, Batch(inputs, targets))
 
     def outputs(self, parameters: dict[str, Tensor], inputs: Any, targets: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def _initial(problem: Problem, seeds: Sequence[int], dtype: torch.dtype | None) 
 
 def _any_gradients(stack: Stack) -> Gradients:
     """Gradients of any architecture, through vmap and autograd: models do not share weights, so that their losses may be summed."""
-    wrapped, likelihood = _Predict(stack.problem, stack.skeleton), stack.problem.likelihood
+    wrapped, likelihood = Predict(stack.problem, stack.skeleton), stack.problem.likelihood
     names = list(stack.parameters)
     learnt = [name for name, parameter in stack.skeleton.named_parameters() if parameter.requires_grad]
 

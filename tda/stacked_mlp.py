@@ -28,18 +28,23 @@ def mlp_gradients(problem: Problem, model: nn.Module, batch: Batch) -> Callable[
     The kind: a Sequential of Linear layers with biases and ReLU between them, all trained, on inputs (B, I), with the problem's default
     `predict` and one output row per example. Parameters in the model's order, weights (M, O, I) and biases (M, O).
     """
-    plain = type(model) is nn.Sequential and type(problem).predict is Problem.predict
-    if not (plain and isinstance(batch.inputs, Tensor) and batch.inputs.ndim == 2):
-        return None
-    layers, between = list(model.children())[::2], list(model.children())[1::2]
-    linear = all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
-    if not (linear and len(layers) == len(between) + 1 and all(type(layer) is nn.ReLU for layer in between)):
-        return None
-    # One layer twice would be one parameter with two gradients.
-    if len(list(model.parameters())) != 2 * len(layers) or not all(parameter.requires_grad for parameter in model.parameters()):
+    if not linear_layers(problem, model, batch) or not all(parameter.requires_grad for parameter in model.parameters()):
         return None
     likelihood = problem.likelihood
     return lambda parameters, inputs, targets: _gradients(likelihood, parameters, inputs, targets)
+
+
+def linear_layers(problem: Problem, model: nn.Module, batch: Batch) -> dict[str, nn.Linear]:
+    """The layers by name, where the model is a Sequential of Linear layers with biases and ReLU between them; else none."""
+    plain = type(model) is nn.Sequential and type(problem).predict is Problem.predict
+    if not (plain and isinstance(batch.inputs, Tensor) and batch.inputs.ndim == 2):
+        return {}
+    assert isinstance(model, nn.Sequential)
+    children = list(model.named_children())
+    layers = {name: layer for name, layer in children[::2] if type(layer) is nn.Linear and layer.bias is not None}
+    # One layer twice would be one parameter with two gradients.
+    whole = 2 * len(layers) - 1 == len(model) and len(list(model.parameters())) == 2 * len(layers)
+    return layers if whole and all(type(layer) is nn.ReLU for _, layer in children[1::2]) else {}
 
 
 def _gradients(likelihood: Likelihood, parameters: list[Tensor], inputs_MBI: Tensor, targets_MB: Tensor) -> list[Tensor]:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from tda.errors import InputError
 from tda.methods.astra_source import AstraSource
+from tda.methods.bif import Bif
 from tda.methods.datainf import DataInf
 from tda.methods.dtda import Dtda
 from tda.methods.ekfac import EKFAC
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
     "dtda": Dtda,
     "random": Random,
     "representation": Representation,
+    "bif": Bif,
 }
 
 
@@ -66,9 +68,12 @@ def parse(options: dict[str, Any]) -> Method:
     try:
         return kind(**options)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = error.errors()
         where = ".".join(str(part) for part in first["loc"][:1])
         said = first["msg"].removeprefix("Value error, ")
+        if len(first["loc"]) > 1:  # one of several kinds that an option may be
+            kinds = [other["msg"].removeprefix("Input should be ") for other in others if other["loc"][:1] == first["loc"][:1]]
+            said = " or ".join(dict.fromkeys([said, *kinds]))
         message = said if said.startswith(where) else f"{where} = {first['input']!r}: {said}"
         raise InputError(f"{message} (method {name!r})") from error
 

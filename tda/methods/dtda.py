@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,6 +38,7 @@ class Dtda(Method):
     stochastic: ClassVar[bool] = True
     noise: ClassVar[str] = "subsets and training seeds of the models it retrains, keyed by the run's seed"
     of_weights: ClassVar[bool] = False
+    takes_gradients: ClassVar[bool] = False
 
     @property
     def fits(self) -> tuple[Fit, ...]:
@@ -57,6 +58,6 @@ class Dtda(Method):
         shift = self.alpha * mean_shift(truth.masks[0], truth.measurement[0][..., list(work.query_ids)])
         return Made([], kept={"influence": torch.from_numpy(shift).to(work.attributed.dtype)})
 
-    def direct(self, kept: Mapping[str, Tensor]) -> Callable[[Attributed, Tape, Sequence[int]], Tensor]:
+    def direct(self, kept: Mapping[str, Tensor], fits: Sequence[Any] = ()) -> Callable[[Attributed, Tape, Sequence[int]], Tensor]:
         """The columns of a batch."""
         return lambda _attributed, _tape, ids: kept["influence"][:, list(ids)]

@@ -44,6 +44,11 @@ class Method(BaseModel):
     #: Whether scores are divided by the norms of both gradients.
     cosine: ClassVar[bool] = False
     unit: ClassVar[str] = INFLUENCE_UNIT
+    #: Whether what scores directly also gives standard errors, and influences of training examples on their own losses.
+    has_stderr: ClassVar[bool] = False
+    has_own: ClassVar[bool] = False
+    #: Whether `directions` looks at the gradients of the queries; none are computed where it does not.
+    takes_gradients: ClassVar[bool] = True
 
     @property
     def title(self) -> str:
@@ -83,7 +88,7 @@ class Method(BaseModel):
         """Raise InputError, in one line, where the method would take too much memory."""
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
-        """V_q = -C^-1 g_q, without the factor 1/N, for a batch of query gradients given block by block."""
+        """V_q = -C^-1 g_q, without the factor 1/N, for a batch of query gradients given block by block; none without `takes_gradients`."""
         raise TypeError(f"{type(self).__name__} makes no directions")
 
     def damping_of(self, curvature: Sequence[Any]) -> list[float] | float | None:
@@ -99,6 +104,9 @@ class Method(BaseModel):
         del attributed, seed
         return [None] * len(segments) if segments else [self.own(curvature)]
 
-    def direct(self, kept: Mapping[str, Tensor]) -> Direct | None:
-        """What scores training examples without directions, from what `directions` kept of the queries; None: inner products do."""
+    def direct(self, kept: Mapping[str, Tensor], fits: Sequence[Any] = ()) -> Direct | None:
+        """What scores training examples without directions, from what `directions` kept of the queries; None: inner products do.
+
+        fits: the method's, as `Work.curvature` holds them.
+        """
         return None

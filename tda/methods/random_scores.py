@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,13 +28,14 @@ class Random(Method):
     stochastic: ClassVar[bool] = True
     noise: ClassVar[str] = "everything: its scores are standard normal, keyed by the run's seed, the query and the training example"
     of_weights: ClassVar[bool] = False
+    takes_gradients: ClassVar[bool] = False
     unit: ClassVar[str] = "standard normal, no unit"
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """None: the queries' ids and the seed are what is kept."""
         return Made([], kept={"ids": torch.tensor(list(work.query_ids)), "seed": torch.tensor(work.seed)})
 
-    def direct(self, kept: Mapping[str, Tensor]) -> Callable[[Attributed, Tape, Sequence[int]], Tensor]:
+    def direct(self, kept: Mapping[str, Tensor], fits: Sequence[Any] = ()) -> Callable[[Attributed, Tape, Sequence[int]], Tensor]:
         """Normal numbers for (query, batch)."""
         seed, queries = int(kept["seed"]), kept["ids"].tolist()
 

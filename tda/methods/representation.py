@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Representation(Method):
     similarity: Literal["cosine", "dot", "l2"] = "cosine"
     layer: str | None = None
     unit: ClassVar[str] = "a similarity, no unit of the measurement"
+    takes_gradients: ClassVar[bool] = False
 
     def check(self, attributed: Attributed) -> None:
         """InputError where there is no such layer."""
@@ -59,7 +60,7 @@ class Representation(Method):
             raise InputError(f"representation needs {wanted} among the attributed ones; there is {names}")
         return chosen[-1]
 
-    def direct(self, kept: Mapping[str, Tensor]) -> Callable[[Attributed, Tape, Sequence[int]], Tensor]:
+    def direct(self, kept: Mapping[str, Tensor], fits: Sequence[Any] = ()) -> Callable[[Attributed, Tape, Sequence[int]], Tensor]:
         """Similarities (query, batch)."""
         queries, sign = kept["features"], kept["sign"]
 

@@ -43,12 +43,12 @@ LADDER = [
 ROWS = 256
 
 
-def ground_truth(problem, subsets, seeds):
+def ground_truth(problem, subsets, seeds, alpha=ALPHA):
     """masks (subset, train), measurement (subset, seed, query), and seconds."""
     train = problem.train_data()
-    chosen = masks(len(train), ALPHA, subsets, 0)
+    chosen = masks(len(train), alpha, subsets, 0)
     ids = [np.flatnonzero(mask).tolist() for mask in chosen for _ in range(seeds)]
-    numbers = [training_seed(0, ALPHA, s, r) for s in range(subsets) for r in range(seeds)]
+    numbers = [training_seed(0, alpha, s, r) for s in range(subsets) for r in range(seeds)]
     started = time.perf_counter()
     found = retrained(problem, train, problem.query_data(), ids, numbers)
     return chosen, found.view(subsets, seeds, -1).numpy(), time.perf_counter() - started

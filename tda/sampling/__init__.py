@@ -1,0 +1,1 @@
+"""Bayesian influence: chains around a checkpoint, the losses along them, and their covariances."""
