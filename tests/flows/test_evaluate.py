@@ -18,7 +18,6 @@ from flows.config import load_config
 from flows.evaluate import evaluate_run
 from infra.cluster import ShardFailed
 from tasks import evaluate as measuring
-from tasks import evaluate_results
 from tda import checkpoint, location, schema
 from tda.errors import InputError
 from tda.evaluation.ceiling import mean_ceiling
@@ -367,24 +366,6 @@ def test_a_fit_that_was_interrupted_has_no_price_and_another_has(tmp_path, monke
         stages._price(url, before)
         told.append(location.read_json(f"{url}/seconds.json")["compute"])
     assert told == [2.5, None]
-
-
-def test_self_influence_that_is_the_same_for_all_is_not_held_against_wrong_labels() -> None:
-    own, told = {"ekfac": -np.arange(1.0, 31), "gradcos": -np.ones(30)}, {"seed": 0}
-    run = SimpleNamespace(self_influence=[SimpleNamespace(to_numpy=lambda each=each: each) for each in own.values()])
-    known = SimpleNamespace(run=run, wrong=np.arange(30) % 5 == 0, inspected=np.array([3]))
-    assert [sorted(measuring._detected(known, m, told)) for m in (0, 1)] == [["mislabelled_auc", "mislabelled_precision"], []]
-
-
-def test_self_influence_that_is_not_finite_is_named(monkeypatch) -> None:
-    own = np.where(np.isin(np.arange(30), [4, 9]), np.inf, -1.0)
-    run = SimpleNamespace(self_influence=[SimpleNamespace(to_numpy=lambda: own)], methods=["ekfac"])
-    known = SimpleNamespace(run=run, wrong=np.arange(30) % 5 == 0, inspected=np.array([3]))
-    found = measuring._detected(known, 0, {"seed": 0})
-    assert list(found) == ["not_finite"]
-    monkeypatch.setattr(evaluate_results, "given", lambda _: known)
-    (note,) = evaluate_results._not_finite(None, SimpleNamespace(numbers=[found, {}]))
-    assert note.startswith("the self-influence of ekfac is not finite for 2 training examples, the first of which is 4")
 
 
 def test_other_wrong_labels_are_another_evaluation(tmp_path) -> None:
