@@ -36,8 +36,9 @@ lint: .venv/.dev ## ruff, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: .venv/.dev ## the tests alone
-	$(BIN)/python -m pytest
+unit: .venv/.dev ## the tests alone: the mathematics on all cores, one test each, then what starts clusters and servers of its own
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "pure and not soak"
+	$(BIN)/python -m pytest -m "not pure and not soak"
 
 # What the benchmarks compare with lives apart, so that it can never be imported by accident.
 .venv-peers/.done: pyproject.toml constraints.txt | .venv/.run
@@ -49,6 +50,7 @@ unit: .venv/.dev ## the tests alone
 bench: .venv/.dev .venv-peers/.done ## against Kronfluence in pairs, solvers against each other and against one by one, retraining; a GPT with TDA_CASES=folder (20 minutes more)
 	$(BIN)/python -m tests.benchmarks.solvers
 	$(BIN)/python -m tests.benchmarks.lds --timing
+	$(BIN)/python -m tests.benchmarks.lds --timing --network cnn
 	$(BIN)/python -m tests.benchmarks.compare
 
 benchfull: .venv/.dev .venv-peers/.done ## the same on all sequences, both sides also on oneDNN and in bfloat16 (hours)

@@ -166,10 +166,14 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
         decided = decided.placed(run_url)
         if resumed:
             progress.say(f"resuming run {run_id}")
+        fitted: set[str] = set()
         receipts, labels = [], {"train": inputs.train_labels, "query": inputs.query_labels}
         for member in decided.members:
             suffix = f", seed {member.seed}" if len(decided.members) > 1 else ""
             for key, fit in member.fits.items():
+                if fit.url in fitted:
+                    continue  # one for all members, and done for the first of them
+                fitted.add(fit.url)
                 reused[f"{plan.ARTIFACTS[type(fit)]} ({key}{suffix})"] = stages.fit(fit)
             made = [stages.make_directions(scored.directions) for scored in member.scores.methods]
             reused[f"directions{suffix}"] = all(made)

@@ -73,7 +73,7 @@ def _share(row: xr.DataArray) -> str:
 
 def _title(data: xr.Dataset, a: int) -> str:
     reported, made = ~data["tuning_query"].to_numpy(), data.attrs["retrained"]
-    top = float(data["ceiling"].to_numpy()[a, reported].mean())
-    ceiling = f"noise ceiling {top:.3f}" if np.isfinite(top) else "noise ceiling not known"
+    top, low, high = (float(v) for v in data["mean_ceiling"][a])
+    ceiling = f"noise ceiling {top:.3f} [{low:.3f}, {high:.3f}]" if np.isfinite(top) else "noise ceiling not known"
     subsets = f"{made['subsets']} subsets of {float(data['alpha'][a]):.0%} x {made['seeds']} models"
     return f"LDS over {subsets}, mean over {int(reported.sum())} reported queries; {ceiling}"

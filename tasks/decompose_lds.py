@@ -22,11 +22,12 @@ from tasks.retraining import RetrainJob
 from tasks.subject import open_subject
 from tasks.tensors import write_tensors
 from tda import location
-from tda.evaluation.lds import bootstrap, ceiling, interval, lds
+from tda.evaluation.ceiling import mean_ceiling
+from tda.evaluation.lds import bootstrap, interval, lds
 from tda.fingerprint import fingerprint
 
 #: Raised by one when what is computed here changes.
-VERSION = 2
+VERSION = 3
 #: Resamples of the subsets for each interval.
 DRAWS = 200
 
@@ -68,9 +69,9 @@ def evaluate(job: LdsJob) -> dict[str, Any]:
             found.append(lds(scores, masks, measured))
             draws = bootstrap(scores, masks, measured, draws=DRAWS)
             mean = found[-1].mean(-1)
-            bounds.append(_bounds(draws, mean))
-            steps.append(_bounds(np.diff(draws, axis=1), np.diff(mean, axis=1)))  # paired: all rungs see the same resamples
-            ceilings.append(ceiling(measured).mean() if job.truth.seeds > 1 else np.nan)
+            bounds.append(_bounds(draws, mean, within=1.0))
+            steps.append(_bounds(np.diff(draws, axis=1), np.diff(mean, axis=1), within=2.0))  # paired: all rungs see the same resamples
+            ceilings.append(mean_ceiling(measured)[0] if job.truth.seeds > 1 else np.nan)
         numbers = {"rung_lds": np.stack(found), "rung_lds_bound": np.stack(bounds), "rung_lds_step_bound": np.stack(steps)}
         numbers |= {"rung_lds_ceiling": np.array(ceilings)}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(each, np.float64)) for name, each in numbers.items()}
@@ -79,7 +80,7 @@ def evaluate(job: LdsJob) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started}
 
 
-def _bounds(draws: np.ndarray[Any, Any], means: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Both ends of the interval of each mean, (..., bound), from its resamples (..., draw)."""
-    ends = [interval(row, mean) for row, mean in zip(draws.reshape(-1, draws.shape[-1]), means.ravel(), strict=True)]
+def _bounds(draws: np.ndarray[Any, Any], means: np.ndarray[Any, Any], within: float) -> np.ndarray[Any, Any]:
+    """Both ends of the interval of each mean, (..., bound), from its resamples (..., draw); none is outside [-within, within]."""
+    ends = [interval(row, mean, within=within) for row, mean in zip(draws.reshape(-1, draws.shape[-1]), means.ravel(), strict=True)]
     return np.array([[end.low, end.high] for end in ends]).reshape(*means.shape, 2)

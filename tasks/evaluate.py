@@ -24,11 +24,14 @@ from tasks.tensors import read_tensors, write_tensors
 from tda import location
 from tda.errors import InputError
 from tda.evaluation import checks, effects, subsets
-from tda.evaluation.lds import bootstrap, ceiling, interval, lds
+from tda.evaluation.ceiling import ceiling, mean_ceiling
+from tda.evaluation.lds import Interval, bootstrap, interval, lds
 from tda.fingerprint import fingerprint
 from tda.problem import Problem, load_problem
 from tda.results import NotStored, Run
 
+#: Raised by one when what is computed or stored here changes.
+ARRAYS = 2
 _Array = np.ndarray[Any, Any]
 Numbers = dict[str, _Array]
 
@@ -64,6 +67,7 @@ def plan(run: Run, truth: str, alone: str, families: Sequence[str], options: str
     config = run.manifest["config"]
     wrong = wrong_labels(load_problem(config["problem"], config["problem_options"]), run.influence.shape[2])
     asked = {"run": run.id, "truth": names, "families": list(families), "options": json.loads(options), "version": tda.__version__}
+    asked |= {"arrays": ARRAYS}
     # The run does not depend on which labels are wrong, and a problem may read that from a file.
     asked |= {"wrong": "" if wrong is None else sha256(np.packbits(wrong).tobytes()).hexdigest()}
     mark = fingerprint("evaluation", **asked)
@@ -77,6 +81,11 @@ def examine(options: dict[str, Any], families: Sequence[str], job: RetrainJob) -
     swept = next((family for family in families if families.count(family) > 1), None)
     if swept is not None and not chosen.any():
         raise InputError(f"tuning_queries = 0 leaves nothing to choose a damping of {swept!r} by; give a share, or one damping")
+    if options["removal"] and options["removal_queries"] > (~chosen).sum():
+        raise InputError(
+            f"removal_queries = {options['removal_queries']}, but of {len(chosen)} queries {(~chosen).sum()} are reported; "
+            "ask for at most so many, give more queries, or tune on a smaller share"
+        )
     if options["leave_one_out"]:
         subsets.left_out(len(problem.train_data()), options["leave_one_out"], options["seed"])
     wrong_labels(problem, len(problem.train_data()))
@@ -197,7 +206,10 @@ def _detected(known: Given, method: int, told: dict[str, Any]) -> Numbers:
         own = known.run.self_influence[method].to_numpy()
     except NotStored:
         return {}
-    if not np.isfinite(own).all() or np.ptp(own) == 0:  # of a cosine it is always -1, which says nothing of any example
+    bad = np.flatnonzero(~np.isfinite(own))
+    if len(bad):
+        return {"not_finite": bad}
+    if np.ptp(own) == 0:  # of a cosine it is always -1, which says nothing of any example
         return {}
     found = checks.detect(own, known.wrong, known.inspected, seed=told["seed"])
     return {"mislabelled_auc": np.array([found.auc, found.bounds.low, found.bounds.high]), "mislabelled_precision": found.precision}
@@ -217,9 +229,21 @@ def _tuned(numbers: Numbers, tuned: _Array) -> float:
     return float(numbers["lds"][:, tuned].mean()) if tuned.any() else 0.0
 
 
-def ceilings(job: Evaluation) -> _Array:
-    """The noise ceiling (alpha, query); NaN with a single seed per subset, which says nothing about its noise."""
-    truth = given(job).truth
-    if truth.measurement.shape[2] < 2:
-        return np.full((len(truth.alphas), truth.measurement.shape[3]), np.nan)
-    return np.stack([ceiling(each, seed=job.told["seed"]) for each in truth.measurement])
+def ceilings(job: Evaluation) -> Numbers:
+    """Noise ceilings by query and of the mean over reported queries; NaN with a single seed per subset, which says nothing of its noise."""
+    known, seed = given(job), job.told["seed"]
+    measured, some = known.truth.measurement, known.reported
+    found = {"ceiling": np.full((len(measured), len(some)), np.nan), "mean_ceiling": np.full((len(measured), 3), np.nan)}
+    if measured.shape[2] > 1:
+        for a, each in enumerate(measured):
+            found["ceiling"][a] = ceiling(each, seed=seed)
+            found["mean_ceiling"][a] = _told(*mean_ceiling(each[..., some], seed=seed))
+    if known.alone is not None and known.effects.shape[1] > 1:
+        found["leave_one_out_ceiling"] = ceiling(known.effects, seed=seed, paired=True)
+        found["leave_one_out_mean_ceiling"] = np.array(_told(*mean_ceiling(known.effects[..., some], seed=seed, paired=True)))
+    return found
+
+
+def _told(estimate: float, bounds: Interval) -> tuple[float, float, float]:
+    """Estimate, low, high."""
+    return estimate, bounds.low, bounds.high

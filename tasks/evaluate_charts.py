@@ -143,10 +143,12 @@ def plot(title: str, curves: Sequence[Curve], x_title: str, *, log: bool = True,
     xs = [x for curve in curves for x in curve.xs]
     values = np.array([v for c in curves for e in c.entries for v in (e.value, e.low, e.high)] + [level])
     low, high = limits_of(values)
-    y = _Axis(low, high if high > low else low + 1, HEIGHT - _BOTTOM, _TOP)
+    base = max(HEIGHT - _BOTTOM, _TOP + math.ceil(LINE * sum(bool(curve.name) for curve in curves)))
+    y = _Axis(low, high if high > low else low + 1, base, _TOP)
     first, last = _span(xs, log)
     x = _Axis(first, last, _LEFT + 8, WIDTH - _RIGHT - 8, log=log)
-    labels = iter(_apart([(x(curve.xs[-1]), y(curve.entries[-1].value)) for curve in curves if curve.name]))
+    ends = [(x(curve.xs[-1]), y(curve.entries[-1].value)) for curve in curves if curve.name]
+    labels = iter(_column([end for _, end in ends], base) if joined and len({x for x, _ in ends}) == 1 else _apart(ends, base))
     series = []
     for curve in curves:
         points = [_point(x(at), y, entry, i in curve.ring) for i, (at, entry) in enumerate(zip(curve.xs, curve.entries, strict=True))]
@@ -155,7 +157,9 @@ def plot(title: str, curves: Sequence[Curve], x_title: str, *, log: bool = True,
         series.append(Series(curve.name, points[-1].x + 9, label, curve.colour, path, tuple(points), curve.dashed))
     ticks = tuple(Tick(y(v), number(v)) for v in _steps(low, high))
     at = y(level) if math.isfinite(level) else None
-    return Plot(title, tuple(series), tuple(_x_ticks(x, first, last, log)), ticks, x_title, y(0.0) if low < 0 < high else None, at)
+    zero = y(0.0) if low < 0 < high else None
+    x_ticks = tuple(_x_ticks(x, first, last, log))
+    return Plot(title, tuple(series), x_ticks, ticks, x_title, zero, at, height=base + _BOTTOM, base=base)
 
 
 def _point(x: float, y: _Axis, entry: Entry, ring: bool) -> Point:
@@ -184,14 +188,25 @@ def _x_ticks(axis: _Axis, first: float, last: float, log: bool) -> list[Tick]:
     return [Tick(axis(v), number(v)) for v in values[::step]] or [Tick(axis(v), number(v)) for v in (first, last)]
 
 
-def _apart(places: Sequence[tuple[float, float]]) -> list[float]:
+def _column(places: Sequence[float], base: float) -> list[float]:
+    """Where labels at these heights are written in one column: in the order of the heights, a line apart, within the chart."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    found = list(places)
+    for above, i in zip([None, *order], order, strict=False):
+        found[i] = max(found[i], _TOP if above is None else found[above] + LINE)
+    for below, i in zip([None, *order[::-1]], order[::-1], strict=False):
+        found[i] = min(found[i], base if below is None else found[below] - LINE)
+    return found
+
+
+def _apart(places: Sequence[tuple[float, float]], base: float) -> list[float]:
     """Where labels that begin at (x, y) are written, each moved down or up until it covers none before it; in the order given."""
     found = [y for _, y in places]
     done: list[int] = []
     for i in sorted(range(len(places)), key=lambda i: places[i][1]):
         near = [found[j] for j in done if abs(places[j][0] - places[i][0]) < LABEL]
         free = [found[i], *(y + LINE for y in near), *(y - LINE for y in near)]
-        fits = [y for y in free if all(abs(y - other) >= LINE - 1e-9 for other in near) and _TOP <= y <= HEIGHT - _BOTTOM]
+        fits = [y for y in free if all(abs(y - other) >= LINE - 1e-9 for other in near) and _TOP <= y <= base]
         found[i] = min(fits or [found[i]], key=lambda y, wanted=found[i]: abs(y - wanted))  # type: ignore[misc]
         done.append(i)
     return found

@@ -36,7 +36,7 @@ def page(data: xr.Dataset, known: Given, manifest: dict[str, Any]) -> bytes:
     """The page as UTF-8 HTML. data: of `read_results`."""
     league = data["league"]
     alphas = [float(alpha) for alpha in data["alpha"]]
-    tops = [float(top) for top in data["ceiling"][:, ~data["tuning_query"].to_numpy()].mean("query")]
+    tops = [float(top) for top in data["mean_ceiling"].sel(statistic="estimate")]
     order = [m for m in np.argsort(-league[:, 0, 0, 0].to_numpy(), kind="stable").tolist() if bool(data["chosen"][m])]
     content = {
         "manifest": manifest,
@@ -193,9 +193,9 @@ def _chance(known: Given) -> float | None:
 
 
 def _alone_ceiling(data: xr.Dataset) -> float | None:
-    if "leave_one_out_ceiling" not in data:
+    if "leave_one_out_mean_ceiling" not in data:
         return None
-    return float(data["leave_one_out_ceiling"][~data["tuning_query"].to_numpy()].mean())
+    return float(data["leave_one_out_mean_ceiling"].sel(statistic="estimate"))
 
 
 def _environment() -> Environment:

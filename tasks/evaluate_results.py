@@ -76,7 +76,6 @@ def _write(group: zarr.Group, name: str, values: _Array) -> None:
 
 def _arrays(job: Evaluation, known: Given, found: Found) -> dict[str, _Array]:
     run, numbers = known.run, found.numbers
-    tops = ceilings(job)
     lds = np.stack([each["lds"] for each in numbers])
     draws = np.stack([each["lds_draws"] for each in numbers])
     arrays = {
@@ -89,7 +88,6 @@ def _arrays(job: Evaluation, known: Given, found: Found) -> dict[str, _Array]:
         "lds": lds,
         "lds_draws": draws,
         "interval": _intervals(draws, lds[..., known.reported].mean(-1)),
-        "ceiling": tops,
         "tuning_query": known.tuning,
         "chosen": np.isin(np.arange(len(numbers)), found.chosen),
         "family": np.array(job.families),
@@ -99,12 +97,8 @@ def _arrays(job: Evaluation, known: Given, found: Found) -> dict[str, _Array]:
     if "member_lds" in numbers[0]:
         arrays["member_lds"] = np.stack([each["member_lds"] for each in numbers], 1)
     if known.alone is not None:
-        from tda.evaluation.lds import ceiling
-
         arrays |= {"left_out": known.left_out, "effect": known.effects}
         arrays["leave_one_out"] = np.stack([each["leave_one_out"] for each in numbers])
-        if known.effects.shape[1] > 1:
-            arrays["leave_one_out_ceiling"] = ceiling(known.effects, seed=job.told["seed"], paired=True)
     if "retrieval" in numbers[0]:
         arrays["retrieval"] = np.stack([each["retrieval"] for each in numbers])
     if known.wrong is not None:
@@ -113,7 +107,7 @@ def _arrays(job: Evaluation, known: Given, found: Found) -> dict[str, _Array]:
         arrays["mislabelled_precision"] = np.stack([each.get("mislabelled_precision", nothing) for each in numbers])
     if found.randomised is not None:
         arrays["randomised"] = found.randomised
-    arrays |= found.removal
+    arrays |= found.removal | ceilings(job)
     return arrays | {"league": _league(arrays, known, found)}
 
 
@@ -161,7 +155,7 @@ def _lds_metrics(arrays: dict[str, _Array], known: Given, m: int, a: int, best: 
     some, lds, draws = known.reported, arrays["lds"], arrays["lds_draws"]
     mean = float(lds[m, a, some].mean())
     low, high = (float(v) for v in arrays["interval"][m, a])
-    top = float(arrays["ceiling"][a, some].mean())
+    top = float(arrays["mean_ceiling"][a, 0])
     behind = float(lds[best, a, some].mean()) - mean
     apart = interval(draws[best, a] - draws[m, a], behind)
     told: dict[str, Told] = {"lds": (mean, low, high), "behind": (behind, apart.low, apart.high)}
@@ -236,11 +230,22 @@ def manifest(job: Evaluation, found: Found, created: str, timings: dict[str, Any
     }
     if known.wrong is not None:
         told["mislabelled"] = {"wrong": int(known.wrong.sum()), "share": float(known.wrong.mean()), "auc_of_loss": _auc_of_loss(known)}
+    told["notes"] += _not_finite(job, found)
     if alone:
         told["notes"].append(f"models were retrained one by one: {alone}")
     if seeds < 2:
         told["notes"].append("one model per subset: the noise of retraining is not known, and there is no ceiling")
     return told
+
+
+def _not_finite(job: Evaluation, found: Found) -> list[str]:
+    """A note for each method whose self-influence finds no wrong labels because it has no value somewhere."""
+    return [
+        f"the self-influence of {given(job).run.methods[m]} is not finite for {len(numbers['not_finite'])} training examples, the first of "
+        f"which is {int(numbers['not_finite'][0])}: it is not held against the wrong labels"
+        for m, numbers in enumerate(found.numbers)
+        if "not_finite" in numbers
+    ]
 
 
 def _auc_of_loss(known: Given) -> float:

@@ -22,10 +22,13 @@ from tasks.subject import Subject, open_subject, read_checkpoint
 from tasks.tensors import write_tensors
 from tasks.training import segments_of
 from tda import checkpoint, location, sizes
+from tda.data import length
+from tda.evaluation.mean_shift import check_both_sides
+from tda.evaluation.subsets import masks
 from tda.fingerprint import fingerprint
 from tda.methods import Method, parse_all
 from tda.methods.work import Fit
-from tda.problem import measurement_of
+from tda.problem import load_problem, measurement_of
 from tda.projection import Projection
 from tda.schema import SIGN
 from tda.trajectory import Segment, average
@@ -256,7 +259,11 @@ def _retraining(store: str, problem: str, options: str, of: str, seed: int, dtyp
     """
     alpha, subsets, seeds = of.split()
     job = RetrainJob("", problem, options, (float(alpha),), int(subsets), int(seeds), -1 - seed, dtype)
-    return retraining.plan(store, job)
+    planned = retraining.plan(store, job)
+    # Which examples the subsets have is known before anything is trained.
+    examples = length(load_problem(problem, json.loads(options)).train_data(), "train")
+    check_both_sides(masks(examples, float(alpha), job.subsets, job.seed))
+    return planned
 
 
 def stated(plan: Plan) -> dict[str, Any]:

@@ -222,6 +222,10 @@ _EVALUATION = (
     ArraySpec("damping", ("method",), _TEXT, "damping as configured; empty where a method has none", fill=""),
     ArraySpec("seconds", ("method",), _WIDE, "work of fits, directions and the method's part of the scoring", "seconds", fill=_NAN),
     ArraySpec("leave_one_out", ("method", "query"), _WIDE, "rank correlation with the effects of single examples", fill=_NAN),
+    ArraySpec(
+        "mean_ceiling", ("alpha", "statistic"), _WIDE, "the same for the mean over reported queries, and its 95% interval", fill=_NAN
+    ),
+    ArraySpec("leave_one_out_mean_ceiling", ("statistic",), _WIDE, "what a perfect prediction of them would reach on average", fill=_NAN),
     ArraySpec("leave_one_out_ceiling", ("query",), _WIDE, "what a perfect prediction of them would reach", fill=_NAN),
     ArraySpec("effect", ("left_out", "repeat", "query"), _WIDE, "f(everything) - f(all but one example)", UNITS, SIGN, _NAN),
     ArraySpec("left_out", ("left_out",), _INTEGER, "id of a training example that was left out", fill=-1),

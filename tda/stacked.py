@@ -18,6 +18,7 @@ from torch.utils.data import Subset
 from tda.errors import cause
 from tda.problem import Batch, Problem
 from tda.recipe import Recipe, load_all, orders, rows
+from tda.stacked_cnn import cnn_gradients
 from tda.stacked_mlp import mlp_gradients
 
 #: (parameters (M, ...) each, inputs (M, B, ...), targets (M, B, ...)) -> gradients of each model's mean loss, like the parameters.
@@ -79,7 +80,8 @@ def _fit(
     stack = Stack(problem, skeleton, parameters)
     trained = [parameters[name] for name, parameter in skeleton.named_parameters() if parameter.requires_grad]
     whole = load_all(problem, dataset, trained[0])
-    gradients = mlp_gradients(problem, skeleton, whole) or _any_gradients(stack)
+    by_hand = mlp_gradients(problem, skeleton, whole) or cnn_gradients(problem, skeleton, whole)
+    gradients = by_hand or _any_gradients(stack)
     ids_Mn = torch.tensor([list(ids) for ids in subsets])
     momenta = [torch.zeros_like(parameter) for parameter in trained]
     skeleton.train()

@@ -54,7 +54,7 @@ def _gradients(likelihood: Likelihood, parameters: list[Tensor], inputs_MBI: Ten
         kept.append(torch.bmm(kept[-1], weight.transpose(1, 2)).add_(bias[:, None]))
         if len(kept) <= len(weights):
             kept[-1].relu_()
-    seed_MBO, found = _seed(likelihood, kept.pop(), targets_MB), list[Tensor]()
+    seed_MBO, found = output_gradient(likelihood, kept.pop(), targets_MB), list[Tensor]()
     for layer in range(len(weights) - 1, -1, -1):
         found += [seed_MBO.sum(1), torch.bmm(seed_MBO.transpose(1, 2), kept[layer])]
         if layer:
@@ -62,7 +62,7 @@ def _gradients(likelihood: Likelihood, parameters: list[Tensor], inputs_MBI: Ten
     return found[::-1]
 
 
-def _seed(likelihood: Likelihood, outputs_MBC: Tensor, targets_MB: Tensor) -> Tensor:
+def output_gradient(likelihood: Likelihood, outputs_MBC: Tensor, targets_MB: Tensor) -> Tensor:
     """Gradient of each model's mean loss with respect to its outputs, (M, B, C)."""
     models, size, classes = outputs_MBC.shape
     if type(likelihood) is Categorical:

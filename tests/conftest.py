@@ -16,6 +16,13 @@ import pytest
 RGW_PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what may run beside others: the mathematics, which starts no server and no cluster."""
+    for item in items:
+        if "tda" in item.path.relative_to(item.config.rootpath).parts and item.get_closest_marker("s3") is None:
+            item.add_marker("pure")
+
+
 @pytest.fixture
 def moto_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of an empty bucket on moto's server: quick, right about conditional writes, but it checks no credentials."""

@@ -2,7 +2,7 @@
 
     LDS_q = Spearman over subsets S of   E_seed[f_q(retrained on S)]   and   sum_{i in S} influence[q, i]
 
-Beside it stand an interval (bootstrap over subsets) and a ceiling (how well the noisy truth could be predicted at all).
+Beside it stand an interval (bootstrap over subsets) and a ceiling (`tda.evaluation.ceiling`).
 """
 
 from __future__ import annotations
@@ -116,32 +116,3 @@ def interval(draws: np.ndarray, estimate: float, level: float = 0.95, *, within:
     """
     low, high = np.quantile(draws - draws.mean() + estimate, [(1 - level) / 2, (1 + level) / 2]).clip(-within, within)
     return Interval(float(low), float(high), level)
-
-
-def ceiling(measurement: np.ndarray, *, splits: int = 100, seed: int = 0, paired: bool = False) -> np.ndarray:
-    """Noise ceiling per query, (query,): the correlation of the mean over seeds with the mean over infinitely many.
-
-    measurement (subset, seed, query). The seeds of each subset are split into halves at random, the halves' means rank-correlated over
-    subsets and averaged over `splits`; Spearman-Brown's formula takes that from half the seeds to all, k r / (1 + (k - 1) r), and its
-    square root is the ceiling. 0 where the halves do not correlate at all.
-
-    paired: whether rows of the same seed share noise, as differences from one model do. All rows are then split alike: what a seed adds to
-    every row moves no rank within a half, where split apart it would count as noise.
-
-    Raises:
-        InputError: fewer than 2 seeds.
-    """
-    truth(measurement)
-    count, seeds, _ = measurement.shape
-    if seeds < 2:
-        raise InputError(f"a noise ceiling needs at least 2 training seeds per subset, got {seeds}; raise seeds")
-    half, random = seeds // 2, np.random.Generator(np.random.Philox(seed))
-    total = np.zeros(measurement.shape[2])
-    for _ in range(splits):
-        each = np.tile(np.arange(seeds), (1 if paired else count, 1))
-        order = np.broadcast_to(random.permuted(each, axis=1), (count, seeds))[:, :, None]
-        mixed = np.take_along_axis(measurement, order, 1)
-        total += spearman(mixed[:, :half].mean(1).T, mixed[:, half : 2 * half].mean(1).T)
-    reliability, k = np.maximum(total / splits, 0.0), seeds / half
-    root: np.ndarray = np.sqrt(k * reliability / (1 + (k - 1) * reliability))
-    return root

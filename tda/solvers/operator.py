@@ -30,6 +30,7 @@ from tda.data import batches
 from tda.errors import InputError, cause
 from tda.problem import Batch, Problem
 from tda.products import fast_float32
+from tda.solvers import columns
 from tda.solvers.memory import RecentBatches, saved_bytes
 
 Curvature = Literal["ggn", "hessian", "block_ggn"]
@@ -73,8 +74,15 @@ class Operator:
         return self._mean(blocks, vectors, ids)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop of C, (stop - start, D), in the model's dtype: products with unit vectors, since C is symmetric."""
+        """Rows start..stop of C, (stop - start, D), in the model's dtype.
+
+        Products with unit vectors, since C is symmetric; or outer products of gradients, where those are fewer multiplications.
+        """
         blocks, ids = self.attributed.blocks, range(len(self.dataset))
+        if self._by_columns:
+            return columns.rows(
+                self.attributed, self.dataset, start, stop, block_diagonal=self.kind == "block_ggn", batch_size=self.batch_size
+            )
         if self.kind != "block_ggn":
             return self._mean(blocks, self._units(range(self.size), start, stop), ids)
         found = self._zeros(stop - start, self.size)
@@ -141,6 +149,10 @@ class Operator:
 
     def _parameters(self, blocks: Sequence[Block]) -> Parameters:
         return {name: self._constants[f"model.{name}"] for block in blocks for name in block.parameters}
+
+    @cached_property
+    def _by_columns(self) -> bool:
+        return self.kind != "hessian" and columns.worth_it(self.attributed, self.dataset)
 
     @cached_property
     def _predictor(self) -> _Predictor:

@@ -18,8 +18,10 @@ from flows.config import load_config
 from flows.evaluate import evaluate_run
 from infra.cluster import ShardFailed
 from tasks import evaluate as measuring
+from tasks import evaluate_results
 from tda import checkpoint, location, schema
 from tda.errors import InputError
+from tda.evaluation.ceiling import mean_ceiling
 from tda.evaluation.lds import lds
 from tda.evaluation.subsets import tuning
 from tda.problem import load_problem
@@ -145,6 +147,11 @@ def test_an_evaluation_is_one_dataset_with_the_truth_that_it_was_found_by(done) 
     low, high = (data.interval[..., i].to_numpy() for i in (0, 1))
     reported = data.lds[:, :, ~data.tuning_query].mean("query").to_numpy()
     assert ((low < reported) & (reported < high)).all()
+    for a in range(2):
+        wanted, bounds = mean_ceiling(data.measurement[a].to_numpy()[..., ~data.tuning_query.to_numpy()])
+        assert data.mean_ceiling[a].values.tolist() == pytest.approx([wanted, bounds.low, bounds.high])
+        lds_, share = (data.league[0, a].sel(metric=name, statistic="estimate").item() for name in ("lds", "of_ceiling"))
+        assert share == pytest.approx(lds_ / wanted)
     group = location.open_group(f"{run.url}/evaluation/{location.read_json(run.url + '/evaluation.json')['folder']}/results.zarr")
     schema.validate(group, sorted(group.array_keys()))
 
@@ -284,6 +291,7 @@ def test_killed_again_and_again_it_ends_with_the_same_table(config, done, tmp_pa
         (("seeds = 4", "tuning_queries = 0.0"), None, "tuning_queries = 0 leaves nothing to choose a damping of 'ekfac' by"),
         (("leave_one_out = 5", "leave_one_out = 2"), None, "evaluation.leave_one_out must be at least 3 for a rank correlation"),
         (("leave_one_out = 5", "leave_one_out = 31"), None, "leave_one_out = 31 of 30 training examples: it must be from 3 to 30"),
+        (("removal_queries = 2", "removal_queries = 5"), None, "removal_queries = 5, but of 8 queries 4 are reported; ask for"),
         (("ensemble = 2", "problem_options = {queries = 1}"), None, "tuning_queries = 0.5 of 1 queries"),
         (("damping = [", "damping = [-1.0, "), None, 'damping must be a finite number >= 0 or "heuristic", got -1.0'),
         (("damping = [", "damping = [] #"), None, "damping = [] names none; list different numbers"),
@@ -352,6 +360,17 @@ def test_self_influence_that_is_the_same_for_all_is_not_held_against_wrong_label
     run = SimpleNamespace(self_influence=[SimpleNamespace(to_numpy=lambda each=each: each) for each in own.values()])
     known = SimpleNamespace(run=run, wrong=np.arange(30) % 5 == 0, inspected=np.array([3]))
     assert [sorted(measuring._detected(known, m, told)) for m in (0, 1)] == [["mislabelled_auc", "mislabelled_precision"], []]
+
+
+def test_self_influence_that_is_not_finite_is_named(monkeypatch) -> None:
+    own = np.where(np.isin(np.arange(30), [4, 9]), np.inf, -1.0)
+    run = SimpleNamespace(self_influence=[SimpleNamespace(to_numpy=lambda: own)], methods=["ekfac"])
+    known = SimpleNamespace(run=run, wrong=np.arange(30) % 5 == 0, inspected=np.array([3]))
+    found = measuring._detected(known, 0, {"seed": 0})
+    assert list(found) == ["not_finite"]
+    monkeypatch.setattr(evaluate_results, "given", lambda _: known)
+    (note,) = evaluate_results._not_finite(None, SimpleNamespace(numbers=[found, {}]))
+    assert note.startswith("the self-influence of ekfac is not finite for 2 training examples, the first of which is 4")
 
 
 def test_other_wrong_labels_are_another_evaluation(tmp_path) -> None:

@@ -201,6 +201,13 @@ def test_the_mean_shift_is_that_of_models_trained_with_and_without_the_example(
         assert float(found[0][DTDA][query, i]) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_an_example_that_no_subset_or_every_one_has_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    text = METHODS.replace("subsets = 12", "subsets = 3")
+    with pytest.raises(InputError, match=r"training example \d+ is in (all|none) of the 3 subsets.*take more subsets"):
+        planned(tmp_path / "config", f"{tmp_path}/store", text=text, problem=SUBSETS)
+    assert not list(tmp_path.rglob("retraining"))
+
+
 def test_random_scores_are_the_same_for_any_shards_and_nothing_else_moves_them(
     plan: Plan, found: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:

@@ -205,6 +205,14 @@ def test_the_lds_of_a_rung_is_that_of_its_scores_by_hand(study: Study, points: l
     assert decompose_lds.lds_job(asked, replace(points[0], progress=0.5), measured[0]) is None
 
 
+def test_the_interval_of_a_rungs_lds_holds_no_number_that_is_no_correlation() -> None:
+    draws = np.random.default_rng(0).normal(0.9, 0.1, (2, 3, 500))
+    bounds = decompose_lds._bounds(draws, np.full((2, 3), 0.95), within=1.0)
+    assert bounds.shape == (2, 3, 2)
+    assert (bounds[..., 1] == 1.0).all()
+    assert (bounds[..., 0] < 0.95).all()
+
+
 def test_refused_points_stay_in_the_results_as_nan(opened) -> None:
     assert dict(opened.results.sizes) | {"width": 3, "epochs": 2, "rung": 5, "inverse": 2} == dict(opened.results.sizes)
     assert np.isnan(opened.results.error.sel(width=40)).all()

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from tasks.evaluate_charts import HEIGHT, Curve, Entry, forest, plot, told
+from tasks.evaluate_charts import Curve, Entry, forest, plot, told
 
 ENTRIES = [Entry("ekfac", 0.5, 0.4, 0.6, 0.45), Entry("random", -0.01, -0.1, 0.08)]
 
@@ -43,13 +43,18 @@ def test_lines_run_from_small_to_large_dampings_on_a_logarithmic_axis() -> None:
     assert chart.level < b.y
 
 
+@pytest.mark.parametrize("count", [12, 40])
 @pytest.mark.parametrize("joined", [True, False])
-def test_names_of_lines_that_end_together_are_apart_and_inside(joined: bool) -> None:
-    curves = [Curve(f"m{i}", [0.3, 0.5], [Entry("", 0.0, 0, 0), Entry("", 0.001 * i, 0, 0)], colour=i) for i in range(12)]
+def test_names_of_lines_that_end_together_are_apart_and_inside(joined: bool, count: int) -> None:
+    curves = [Curve(f"m{i}", [0.3, 0.5], [Entry("", 0.0, 0, 0), Entry("", 0.001 * i, 0, 0)], colour=i) for i in range(count)]
     chart = plot("", curves, "alpha", log=False, joined=joined)
     places = sorted(line.label_y for line in chart.series)
     assert all(b - a >= 12 for a, b in pairwise(places))
-    assert places[-1] <= HEIGHT
+    assert places[-1] <= chart.height
+    assert places[0] >= 0
+    if joined:
+        by_value = [line.label_y for line in chart.series]
+        assert by_value == sorted(by_value, reverse=True), "in the order of the ends, the highest on top"
     assert all(bool(line.path) == joined for line in chart.series)
 
 

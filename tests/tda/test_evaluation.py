@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from tda import InputError
-from tda.evaluation.lds import bootstrap, ceiling, interval, lds, predictions, spearman, truth
+from tda.evaluation.ceiling import ceiling, mean_ceiling
+from tda.evaluation.lds import bootstrap, interval, lds, predictions, spearman, truth
 from tda.evaluation.subsets import masks, training_seed
 
 # Four examples, subsets {0, 1}, {0, 2}, {1, 2}.
@@ -113,6 +114,34 @@ def test_the_interval_of_a_correlation_holds_no_number_that_is_none():
     assert interval(draws, 0.9, within=1.0).high == 1.0
     assert interval(-draws, -0.9, within=1.0).low == -1.0
     assert interval(draws, 0.9, within=1.0).low == interval(draws, 0.9).low
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_mean_ceiling_of_pure_noise_has_0_in_its_interval(shared):
+    held, tops = 0, []
+    for world in range(20):
+        random = np.random.default_rng(world)
+        noise = random.normal(size=(40, 6, 30))
+        measured = random.normal(size=(40, 6, 1)) + 0.3 * noise if shared else noise  # of one model, what queries measure goes together
+        top, bounds = mean_ceiling(measured, splits=20, draws=200)
+        held += bounds.low == 0 <= top <= bounds.high
+        tops.append(top)
+    assert held >= 18, held
+    assert np.median(tops) < 0.25
+    assert shared or ceiling(measured, splits=20).mean() > 0.15, "of the mean of clipped roots it would not be true"
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
+def test_the_mean_ceiling_has_the_correlation_with_the_truth_in_its_interval(noise):
+    random = np.random.default_rng(8)
+    true = random.normal(size=(100, 1, 20))
+    measured = true + noise * random.normal(size=(100, 8, 20))
+    wanted = spearman(measured.mean(1).T, true[:, 0].T).mean()
+    top, bounds = mean_ceiling(measured, splits=20)
+    assert top == pytest.approx(wanted, abs=0.06)
+    assert bounds.low < wanted + 0.01
+    assert bounds.high > wanted - 0.01
+    assert bounds.high - bounds.low < 0.2
 
 
 def test_a_query_without_any_signal_has_no_ceiling():

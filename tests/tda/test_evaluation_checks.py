@@ -7,7 +7,8 @@ from sklearn.metrics import roc_auc_score
 
 from tda import InputError
 from tda.evaluation import checks, effects
-from tda.evaluation.lds import ceiling, lds
+from tda.evaluation.ceiling import ceiling
+from tda.evaluation.lds import lds
 from tda.evaluation.subsets import left_out, tuning, without
 from tda.methods.sweep import expand
 

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tda import Bernoulli, Categorical, Gaussian, InputError, TokenCategorical, flat
 from tda.blocks import to_matrix
 from tda.modules import inspect
+from tda.solvers import columns
 from tda.solvers.operator import Operator
 from tests.tda.layers import LAYERS
 from tests.tda.pipeline import Given
@@ -87,6 +88,46 @@ def test_every_row_equals_autograd_for_every_layer(name, kind):
     truth = dense(attributed, data, kind)
     operator = Operator(attributed, data, kind, batch_size=2)
     agree(operator.rows(0, operator.size), truth)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "block_ggn"])
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if not isinstance(layer.likelihood, TokenCategorical)])
+def test_outer_products_of_gradients_give_the_same_rows_for_every_layer(name, kind):
+    layer = LAYERS[name]
+    model, data = layer.build(), layer.examples(3)
+    attributed = inspect(Given(model, layer.likelihood, data, predict=layer.predict), model, data)
+    cuts = [0, 3, flat.total(attributed.blocks) // 2 + 2, flat.total(attributed.blocks)]
+    rows = [
+        columns.rows(attributed, data, a, b, block_diagonal=kind == "block_ggn", batch_size=2)
+        for a, b in itertools.pairwise(sorted(set(cuts)))
+    ]
+    agree(torch.cat(rows), dense(attributed, data, kind))
+
+
+def test_rows_are_outer_products_where_columns_are_few_or_weights_are_shared_by_many_positions():
+    assert columns.worth_it(*small())
+    wide = nn.Linear(4, 50).double().eval()
+    examples = [(torch.randn(4).double(), torch.tensor(i)) for i in range(3)]
+    assert not columns.worth_it(inspect(Given(wide, Categorical(), examples), wide, examples), examples)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)).double().eval()
+    data = [(torch.randn(1, 8, 8).double(), torch.tensor(i % 3)) for i in range(3)]
+    assert columns.worth_it(inspect(Given(model, Categorical(), data), model, data), data)
+
+
+class NotItsFisher(Categorical):
+    """Whose columns are not a root of its Hessian."""
+
+    def hessian_product(self, outputs, targets, tangents):
+        return 2 * super().hessian_product(outputs, targets, tangents)
+
+
+def test_rows_are_products_where_the_columns_are_no_root_of_the_hessian():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)).double().eval()
+    data = [(torch.randn(1, 8, 8).double(), torch.tensor(i % 3)) for i in range(3)]
+    attributed = inspect(Given(model, NotItsFisher(), data), model, data)
+    assert not columns.worth_it(attributed, data)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,6 +273,7 @@ import torch
 from torch import nn
 from tda import Categorical
 from tda.modules import inspect
+from tda.solvers import columns
 from tda.solvers.operator import Operator
 from tests.tda.pipeline import Given
 
