@@ -311,6 +311,7 @@ def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConf
         "store": resolve,
         "problem": lambda problem: _problem(problem, folder),
         "checkpoint": lambda checkpoint: checkpoint and resolve(checkpoint, folder),
+        "problem_options": lambda options: _options(options, changes["problem"], folder),
     }
     for key, use in uses.items():
         try:
@@ -318,6 +319,21 @@ def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConf
         except InputError as error:
             raise InputError(f"{_source(file, key, sources)}: {error}") from error
     return config.model_copy(update=changes)
+
+
+def _options(options: dict[str, Any], problem: str, folder: Path) -> dict[str, Any]:
+    """The options with those that the problem calls paths made absolute. A problem that cannot be imported is refused later, by name."""
+    from tda.location import resolve
+    from tda.problem import import_problem
+
+    texts = {key: value for key, value in options.items() if isinstance(value, str) and value}
+    if not texts:
+        return options
+    try:
+        kind = getattr(import_problem(problem), problem.rpartition(":")[2], None)
+    except InputError:
+        return options
+    return options | {key: resolve(value, folder) for key, value in texts.items() if key in getattr(kind, "paths", ())}
 
 
 def _problem(reference: str, folder: Path) -> str:

@@ -68,8 +68,10 @@ def coverage(attributed: Attributed) -> dict[str, Any]:
 
 def notes(plan: Plan) -> list[str]:
     """What a reader of the scores should know."""
-    blocks = open_subject(plan.first.subject).attributed.blocks
-    said = [f"{b.name}: diagonal curvature ({b.size} parameters without Kronecker structure)" for b in blocks if b.structure == "diagonal"]
+    attributed = open_subject(plan.first.subject).attributed
+    blocks = attributed.blocks
+    said = list(attributed.problem.notes())
+    said += [f"{b.name}: diagonal curvature ({b.size} parameters without Kronecker structure)" for b in blocks if b.structure == "diagonal"]
     said += [f"{b.name}: {b.remark}" for b in blocks if b.remark]
     said += [f"{m.title}: a cosine; it ranks examples and predicts no change" for m in plan.methods if m.cosine]
     said += [f"{m.title}: a correlation; it ranks examples and predicts no change" for m in plan.methods if m.unit == "correlation"]
