@@ -307,7 +307,7 @@ def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConf
     folder = file.absolute().parent
     changes: dict[str, Any] = {}
     uses: dict[str, Callable[[Any], Any]] = {
-        "methods": lambda methods: parse_all([swept.table for swept in expand(methods)]) and methods,
+        "methods": lambda methods: parse_all([swept.table for swept in expand(methods)]) and [_stages(table, folder) for table in methods],
         "store": resolve,
         "problem": lambda problem: _problem(problem, folder),
         "checkpoint": lambda checkpoint: checkpoint and resolve(checkpoint, folder),
@@ -334,6 +334,20 @@ def _options(options: dict[str, Any], problem: str, folder: Path) -> dict[str, A
     except InputError:
         return options
     return options | {key: resolve(value, folder) for key, value in texts.items() if key in getattr(kind, "paths", ())}
+
+
+def _stages(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A [[methods]] table with the problems, checkpoints and other paths of its [methods.pretraining] tables made absolute."""
+    from tda.location import resolve
+
+    stage = table.get("pretraining")
+    if not isinstance(stage, dict):
+        return table
+    problem = _problem(stage["problem"], folder)
+    changes: dict[str, Any] = {"problem": problem, "problem_options": _options(stage.get("problem_options", {}), problem, folder)}
+    if "checkpoint" in stage:
+        changes["checkpoint"] = resolve(stage["checkpoint"], folder)
+    return table | {"pretraining": _stages(stage | changes, folder)}
 
 
 def _problem(reference: str, folder: Path) -> str:

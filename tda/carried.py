@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tda.blocks import Block, to_matrix, to_parameters
 from tda.directions import Dense, Direction, dense
@@ -105,8 +105,21 @@ def carry(
     return carried
 
 
+def begin(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Let a model's training start from what of an earlier stage's state it has by name and shape, in place; the rest stays fresh.
+
+    Raises:
+        InputError: it has nothing of it.
+    """
+    own = model.state_dict()
+    shared = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    if not shared:
+        raise InputError(f"the model has no tensor of {where} ({_listed(list(state))}); training cannot start from it")
+    model.load_state_dict(shared, strict=False)
+
+
 def shift(later: Mapping[str, Tensor], earlier: Mapping[str, Tensor], names: Sequence[str]) -> float:
     """||w_ft - w_pt|| / ||w_pt|| over the parameters `names` of two checkpoints, in float64."""
-    moved = sum(float((later[name].double() - earlier[name].double()).square().sum()) for name in names)
-    length = sum(float(earlier[name].double().square().sum()) for name in names)
+    moved = sum(float((later[name].detach().double() - earlier[name].detach().double()).square().sum()) for name in names)
+    length = sum(float(earlier[name].detach().double().square().sum()) for name in names)
     return (moved / length) ** 0.5 if length else math.inf if moved else 0.0
