@@ -71,6 +71,8 @@ def write_solves(plan: Plan) -> None:
     for member in plan.members:
         done = location.join(member.scores.receipts, "solves.json")
         found = {scored.directions.parsed().title: _joined(scored.directions) for scored in member.scores.methods}
+        for stage in plan.stages:  # there is one member then
+            found |= {f"{s.directions.parsed().title} ({stage.name})": _joined(s.directions) for s in stage.member.scores.methods}
         if not any(found.values()) or location.exists(done):
             continue
         url = location.join(member.scores.results.rpartition("/")[0], "solves.zarr")

@@ -186,8 +186,8 @@ def test_fits_and_checkpoints_of_a_stage_are_shared_with_runs_of_it_alone(tmp_pa
 
 
 def test_a_new_head_takes_no_part_in_the_chain_where_that_is_allowed(tmp_path: Path, single: str) -> None:
-    edit = ('[methods.pretraining]\nproblem = "tiny.py:Before"', 'unmatched = "drop"\n[methods.pretraining]\nproblem = "tiny.py:Wider"')
-    file = config(tmp_path / "config", edit)
+    new = 'unmatched = "drop"\ninverse = "cg"\ntolerance = 1e-8\n[methods.pretraining]\nproblem = "tiny.py:Wider"'
+    file = config(tmp_path / "config", ('[methods.pretraining]\nproblem = "tiny.py:Before"', new))
     _, run = attribute(file, f"{tmp_path}/store", single, 'methods.0={name = "graddot"}')
     facts = run.manifest["stages"]["pretraining"]["shared"]
     assert facts["only_later"] == facts["only_here"] == ["3.weight", "3.bias"]
@@ -195,8 +195,11 @@ def test_a_new_head_takes_no_part_in_the_chain_where_that_is_allowed(tmp_path: P
     assert any("3.weight, 3.bias" in note for note in run.manifest["notes"])
     names = [("Tiny", own_weights(tmp_path / "store", run)), ("Wider", weights_of(run, "pretraining"))]
     subjects = [opened(file.parent, run, *each) for each in names]
-    wanted = chained(subjects, parse(METHOD | {"pretraining": {"problem": "x:B", "damping": 0.1}}))
+    method = parse(METHOD | {"inverse": "cg", "tolerance": 1e-8, "pretraining": {"problem": "x:B", "damping": 0.1}})
+    wanted = chained(subjects, method)
     assert near(run.influence_on("pretraining").loc["multistage"], wanted[1])
+    for title in ("multistage", "multistage (pretraining)"):
+        assert float(run.solve(title)["residual"][-1].max()) < 1e-8
 
 
 def test_killed_in_a_stage_the_same_command_ends_the_run_with_the_same_bytes(
