@@ -12,6 +12,8 @@ from tda.directions import Dense, dense
 from tda.errors import InputError
 from tda.methods import parse
 from tda.modules import inspect
+from tda.problems.digits import FewDigits
+from tda.stacked import unstackable
 from tests.tda.pipeline import Given, relative
 from tests.tda.stages import QUERIES, Trained, derivatives, influences
 
@@ -166,3 +168,17 @@ def test_a_recipe_s_proximity_pulls_to_the_weights_that_training_starts_from():
     wanted = stage.minimum(begin, torch.zeros(len(stage.train)), begin)
     found = torch.cat([problem.given.weight.detach().flatten(), problem.given.bias.detach()])
     assert float((found - wanted).norm()) < 1e-9
+
+
+def test_models_trained_many_at_once_are_pulled_as_one_alone():
+    problem = FewDigits(proximity=5.0)
+    assert unstackable(problem, problem.train_data()) == ""
+    images, labels = zip(*problem.train_data(), strict=True)
+    assert {int(label) for label in labels} == {3, 8}
+    assert problem.describe("train", 0).shape == (8, 8)
+    assert images[0].shape == (64,)
+
+
+def test_a_recipe_with_a_negative_proximity_is_refused():
+    with pytest.raises(InputError, match=r"the recipe's proximity is -1.0; it must be a number of at least 0"):
+        tda.Recipe(1, 1, 0.1, proximity=-1.0)
