@@ -221,12 +221,13 @@ class Run:
     def token_influence(
         self, query: int, train: Sequence[int], method: str | None = None, *, by_query_token: bool = False, member: int = 0
     ) -> xr.DataArray:
-        """The influence of single tokens of training examples on a query, (train, train_token), computed now; 0 where there is no label.
+        """The influence of single tokens of training examples on a query, (train, train_token), computed now; sums are the sequence's.
 
-        by_query_token: on the loss of each of the query's tokens, (train, train_token, query_token). Sums are the sequence's influence.
+        Under bif by the tokens whose loss it is, 0 where there is no label; under gradient methods by the tokens as inputs, from the
+        problem itself. by_query_token: bif's on the loss of each of the query's tokens, (train, train_token, query_token).
 
         Raises:
-            NotStored: no losses of single tokens are stored.
+            NotStored: no losses of single tokens are stored, and the method has no directions.
             InputError: no such query or training example.
         """
         from tda.sampled import token_influence
