@@ -8,7 +8,7 @@ import pytest
 import torch
 import zarr
 
-from tda import InputError
+from tda import InputError, checkpoint
 from tda.data import digest
 from tda.measurements import sequence_log_odds
 from tests.tda import language_models as tiny
@@ -120,12 +120,17 @@ def test_masked_labels_are_the_same_from_a_prompt_from_records_and_from_zarr(tmp
         assert same(whole, tiny.causal(tmp_path, train=other)), other
 
 
-def test_tokens_on_object_storage_are_those_on_a_disk(tmp_path, moto_s3):
+def test_tokens_and_weights_on_object_storage_are_those_on_a_disk(tmp_path, moto_s3):
     folder = tokens(tmp_path / "a.zarr", tiny.TEXTS)
     from s3fs import S3FileSystem
 
     S3FileSystem().put(folder, f"{moto_s3.removeprefix('s3://')}/a.zarr", recursive=True)
     assert same(tiny.causal(tmp_path), tiny.causal(tmp_path, train=f"{moto_s3}/a.zarr"))
+    shards = tiny.save(tmp_path / "shards", "GPT-2", max_shard_size="1KB")
+    S3FileSystem().put(str(shards), f"{moto_s3.removeprefix('s3://')}/shards", recursive=True)
+    found, wanted = (checkpoint.read(url) for url in (f"{moto_s3}/shards", f"file://{shards}"))
+    assert found.keys() == wanted.keys()
+    assert checkpoint.digest(found) == checkpoint.digest(wanted)
 
 
 def test_rows_of_full_width_need_no_lengths_and_are_read_across_windows(tmp_path, monkeypatch):
