@@ -16,7 +16,8 @@ from infra import storage
 from infra.cluster import ClusterSpec, ShardFailed, open_cluster
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
-from tasks import ensemble, layout, plan, prepare, publish, sampling_told, scores, solves
+from tasks import chain, ensemble, layout, plan, prepare, publish, sampling_told, scores, solves, stage_facts
+from tasks.chain import Earlier
 from tasks.subject import Subject
 from tda import location, schema
 from tda.errors import InputError
@@ -81,7 +82,7 @@ def examine(request: prepare.Request) -> prepare.Inputs:
     """Look at everything that a user can get wrong; the store first, since reading all of the data may take long."""
     storage.check_store(request.store)
     _refuse_newer(request.store)
-    return prepare.examine(request)
+    return chain.examine(request, prepare.examine(request))
 
 
 def _refuse_newer(store: str) -> None:
@@ -153,9 +154,8 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
     request = request_of(parsed)
     progress = Progress()
     with progress.shown(), prepared(request, parsed.cluster.spec()) as ready, stages.session(ready.client, progress):
-        inputs, reused = ready.inputs, {}
-        if not request.subject.checkpoint:
-            reused["checkpoint"] = stages.train(request, inputs)
+        inputs = ready.inputs
+        reused = train(request, inputs)
         decided = plan.plan(request, inputs)
         if reuse and (finished := _finished(decided)):
             progress.say(f"reused: run {finished}")
@@ -179,21 +179,25 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
             reused[f"directions{suffix}"] = all(made)
             scores.create_results(member.scores, labels, plan.results_attrs(decided, run_id))
             receipts.append(stages.score(member.scores))
+        for earlier in decided.stages:
+            reused |= _score_stage(decided, earlier, inputs, run_id)
         if any(reused.values()):
             progress.say(f"reused: {', '.join(name for name, was in reused.items() if was)}")
         jobs = [member.scores for member in decided.members]
-        stages.verify(jobs)
+        stages.verify([*jobs, *(earlier.member.scores for earlier in decided.stages)])
         if len(jobs) > 1:
             mean = ensemble.MeanJob(location.join(run_url, "results.zarr"), tuple(jobs))
             ensemble.create_means(mean, labels, plan.results_attrs(decided, run_id))
             stages.average(mean)
         found: dict[str, Any] = {
             "reused": reused,
-            "damping": publish.used_damping(decided),
-            "layer_share": publish.layer_share(decided, receipts[0]),
+            "damping": publish.used_damping(decided.first),
+            "layer_share": publish.layer_share(decided.first, receipts[0]),
         }
+        for earlier in decided.stages:
+            manifest["stages"][earlier.name]["damping"] = publish.used_damping(earlier.member)
         found |= solves.summarize(decided) | sampling_told.summarize(decided)
-        warned = [*solves.warnings(found["solves"]), *sampling_told.warnings(found["sampling"])]
+        warned = [*solves.warnings(found["solves"]), *sampling_told.warnings(found["sampling"]), *stage_facts.warnings(decided)]
         found["notes"] = [*manifest["notes"], *warned]
         for line in warned:
             progress.say(line)
@@ -201,6 +205,27 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
         stages.finish(decided, run_url, manifest | found, ready.started)
     names = [name for name, was in reused.items() if was]
     return RunSummary(run_id, run_url, location.join(run_url, "report.html"), request.store, names)
+
+
+def train(request: prepare.Request, inputs: prepare.Inputs) -> dict[str, bool]:
+    """Train what names no checkpoint, the first stage first, since each starts where the one before it ended; what was reused, by name."""
+    reused: dict[str, bool] = {}
+    for name in reversed(list(inputs.stages)):
+        was = stages.train_stage(request, inputs, name)
+        reused |= {} if was is None else {f"checkpoint ({name})": was}
+    return reused if request.subject.checkpoint else reused | {"checkpoint": stages.train(request, inputs)}
+
+
+def _score_stage(decided: plan.Plan, earlier: Earlier, inputs: prepare.Inputs, run_id: str) -> dict[str, bool]:
+    """Fit, carry directions on, and score one earlier stage; what was reused, by name."""
+    name, member = earlier.name, earlier.member
+    reused = {f"{plan.ARTIFACTS[type(job)]} ({key}, {name})": stages.fit(job, name) for key, job in member.fits.items()}
+    made = [stages.make_directions(scored.directions, name) for scored in member.scores.methods]
+    reused[f"directions ({name})"] = all(made)
+    labels = {"train": earlier.inputs.train_labels, "query": inputs.query_labels}
+    scores.create_results(member.scores, labels, stage_facts.attrs(decided, earlier, run_id))
+    stages.score(member.scores, name)
+    return reused
 
 
 def _finished(decided: plan.Plan) -> str:

@@ -66,6 +66,8 @@ def _status_of(error: Exception) -> int | None:
 
     if isinstance(error, InputError | StoreError | ClusterError | ApiError):
         return BAD_INPUT
+    if type(error).__name__ == "NotStored":  # by name: its module imports xarray
+        return BAD_INPUT
     # RunFailed by name: its module imports Prefect, and when it was raised that has happened anyway.
     return FAILED if isinstance(error, ShardFailed) or type(error).__name__ == "RunFailed" else None
 
@@ -202,13 +204,14 @@ def top(
     k: Annotated[int, typer.Option("-k", min=1, help="How many training examples.")] = 10,
     method: Annotated[str | None, typer.Option(help="A method's label; the last of the configuration when absent.")] = None,
     kind: Annotated[Literal["helpful", "harmful"], typer.Option(help="Which end of the ranking.")] = "helpful",
+    on: Annotated[str | None, typer.Option(help='Another training set that a method attributes to, such as "pretraining".')] = None,
     store: Store = DEFAULT_STORE,
 ) -> None:
     """The training examples that helped, or harmed, a query most."""
     from flows.tables import cell, print_table
     from tda.results import open_run
 
-    table = open_run(store, run).top(query, k=k, method=method, kind=kind)
+    table = open_run(store, run).top(query, k=k, method=method, kind=kind, on=on)
     print_table(list(table.columns), [[cell(value) for value in row] for row in table.itertuples(index=False)])
 
 

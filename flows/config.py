@@ -307,10 +307,11 @@ def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConf
     folder = file.absolute().parent
     changes: dict[str, Any] = {}
     uses: dict[str, Callable[[Any], Any]] = {
-        "methods": lambda methods: parse_all([swept.table for swept in expand(methods)]) and methods,
+        "methods": lambda methods: parse_all([swept.table for swept in expand(methods)]) and [_stages(table, folder) for table in methods],
         "store": resolve,
         "problem": lambda problem: _problem(problem, folder),
         "checkpoint": lambda checkpoint: checkpoint and resolve(checkpoint, folder),
+        "problem_options": lambda options: _options(options, changes["problem"], folder),
     }
     for key, use in uses.items():
         try:
@@ -318,6 +319,35 @@ def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConf
         except InputError as error:
             raise InputError(f"{_source(file, key, sources)}: {error}") from error
     return config.model_copy(update=changes)
+
+
+def _options(options: dict[str, Any], problem: str, folder: Path) -> dict[str, Any]:
+    """The options with those that the problem calls paths made absolute. A problem that cannot be imported is refused later, by name."""
+    from tda.location import resolve
+    from tda.problem import import_problem
+
+    texts = {key: value for key, value in options.items() if isinstance(value, str) and value}
+    if not texts:
+        return options
+    try:
+        kind = getattr(import_problem(problem), problem.rpartition(":")[2], None)
+    except InputError:
+        return options
+    return options | {key: resolve(value, folder) for key, value in texts.items() if key in getattr(kind, "paths", ())}
+
+
+def _stages(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A [[methods]] table with the problems, checkpoints and other paths of its [methods.pretraining] tables made absolute."""
+    from tda.location import resolve
+
+    stage = table.get("pretraining")
+    if not isinstance(stage, dict):
+        return table
+    problem = _problem(stage["problem"], folder)
+    changes: dict[str, Any] = {"problem": problem, "problem_options": _options(stage.get("problem_options", {}), problem, folder)}
+    if "checkpoint" in stage:
+        changes["checkpoint"] = resolve(stage["checkpoint"], folder)
+    return table | {"pretraining": _stages(stage | changes, folder)}
 
 
 def _problem(reference: str, folder: Path) -> str:

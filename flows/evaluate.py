@@ -23,6 +23,7 @@ from tda.errors import InputError
 from tda.evaluation import effects, subsets
 from tda.fingerprint import fingerprint
 from tda.methods import parse_all
+from tda.methods.multistage import Multistage
 from tda.methods.sweep import expand
 from tda.results import Run, open_run
 
@@ -81,6 +82,7 @@ def evaluate_run(config: RunConfig, command: str = "") -> EvaluationSummary:
     started = time.perf_counter()
     config = _completed(config)
     request = attribute.request_of(config)
+    _check_stages(request)
     try:
         with embedded_api() as api:
             inputs = attribute.examine(request)
@@ -96,6 +98,16 @@ def evaluate_run(config: RunConfig, command: str = "") -> EvaluationSummary:
             raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
         resume = f"`{command}`" if command else "the same evaluation"
         raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
+
+
+def _check_stages(request: prepare.Request) -> None:
+    """InputError where models would be retrained from fresh weights, while a method is about one that starts from others."""
+    stages = [method.title for method in parse_all([json.loads(text) for text in request.methods]) if isinstance(method, Multistage)]
+    if stages:
+        raise InputError(
+            f"tda evaluate retrains from fresh weights, and method {stages[0]!r} is about a model that was fine-tuned from others; "
+            "leave it out of the configuration that is evaluated"
+        )
 
 
 def _completed(config: RunConfig) -> RunConfig:

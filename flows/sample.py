@@ -76,12 +76,14 @@ def sample_run(config: RunConfig, command: str = "", *, tune: bool = False) -> l
 
 
 def _chains_alone(config: RunConfig) -> RunConfig:
-    """The configuration with the methods that sample."""
-    chosen = [each.table for each in expand(config.methods) if any(fit.kind == "chains" for fit in parse(each.table).fits)]
+    """The configuration with the methods that sample, and those that say where training starts."""
+    tables = [each.table for each in expand(config.methods)]
+    chosen = [table for table in tables if any(fit.kind == "chains" for fit in parse(table).fits)]
     if not chosen:
         names = ", ".join(str(table.get("name")) for table in config.methods)
         raise InputError(f'no method of the configuration samples (it has {names}); add a [[methods]] table with name = "bif"')
-    return config.model_copy(update={"methods": chosen})
+    starts = [table for table in config.methods if table.get("name") == "multistage"]
+    return config.model_copy(update={"methods": [*starts, *chosen]})
 
 
 @flow(name="sample", validate_parameters=False)
@@ -93,8 +95,7 @@ def sample(config: dict[str, Any], *, tune: bool = False) -> list[Sampled]:
     request = attribute.request_of(parsed)
     progress = Progress()
     with progress.shown(), attribute.prepared(request, parsed.cluster.spec()) as ready, stages.session(ready.client, progress):
-        if not request.subject.checkpoint:
-            stages.train(request, ready.inputs)
+        attribute.train(request, ready.inputs)
         decided = plan.plan(request, ready.inputs)
         found = []
         for member in decided.members:

@@ -18,6 +18,7 @@ from flows.progress import Progress
 from infra import storage
 from infra.cluster import ShardFailed, run_shards
 from tasks import (
+    chain,
     dense,
     directions,
     ensemble,
@@ -110,23 +111,34 @@ _stage = task(cache_policy=NO_CACHE, persist_result=False)
 @_stage
 def train(request: prepare.Request, inputs: prepare.Inputs) -> bool:
     """Train the checkpoint, or one per member of an ensemble; True where an earlier run had."""
-    jobs = [(request.subject, seed, plan.training_artifact(request, inputs, seed)) for seed in plan.seeds(request)]
+    start = chain.start(request, inputs)
+    return _trained([(request.subject, s, plan.training_artifact(request, inputs, s, start), start) for s in plan.seeds(request)], "train")
+
+
+@_stage
+def train_stage(request: prepare.Request, inputs: prepare.Inputs, name: str) -> bool | None:
+    """Train an earlier stage, those before it being trained; True where an earlier run had, None where it names a checkpoint."""
+    job = chain.training(request, inputs, name)
+    return None if job is None else _trained([job], f"train ({name})")
+
+
+def _trained(jobs: Sequence[tuple[subject.Subject, int, str, subject.Subject | None]], stage: str) -> bool:
     missing = [job for job in jobs if not layout.is_complete(job[2])]
     if missing:
-        _SESSION.get().shards(training.train, missing, "train")
+        here().shards(training.train, missing, stage)
     return not missing
 
 
 @_stage
-def fit(job: plan.FitJob) -> bool:
-    """Fit one set of factors, spectra or projections; True where an earlier run had."""
+def fit(job: plan.FitJob, of: str = "") -> bool:
+    """Fit one set of factors, spectra or projections; True where an earlier run had. of: the earlier stage that they are of."""
     if layout.is_complete(job.url):
         for rest in ("partial", "state"):  # left where a run was killed right after its fit was complete
             storage.delete_tree(location.join(job.url, rest))
         return True
     try:
         if isinstance(job, factors.FactorJob):
-            _fit_factors(job)
+            _fit_factors(job, f"{job.fisher}, {of}" if of else job.fisher)
         elif isinstance(job, projection.ProjectionJob):
             _fit_projection(job)
         elif isinstance(job, retraining.RetrainJob):
@@ -142,8 +154,8 @@ def fit(job: plan.FitJob) -> bool:
     return False
 
 
-def _fit_factors(job: factors.FactorJob) -> None:
-    run, kind, before = here().shards, job.fisher, _begin(job.url)
+def _fit_factors(job: factors.FactorJob, kind: str) -> None:
+    run, before = here().shards, _begin(job.url)
     factors.create_factors(job)
     for sums, label in (("covariance", "covariances"), ("eigenvalues", "eigenvalues")):
         run(factors.sum_shard, [factors.Node(job, sums, 0, part) for part in range(job.parts)], f"{label} ({kind})")  # type: ignore[arg-type]
@@ -194,22 +206,26 @@ def retrain(job: retraining.RetrainJob, stage: str, masks: np.ndarray[Any, Any] 
 
 
 @_stage
-def make_directions(job: directions.DirectionJob) -> bool:
-    """Make the queries' directions under one method; True where an earlier run had."""
+def make_directions(job: directions.DirectionJob, of: str = "") -> bool:
+    """Make the queries' directions under one method; True where an earlier run had. of: the earlier stage that they are of."""
     if layout.is_complete(job.url):
         return True
     title, before = job.parsed().title, _begin(job.url)
-    here().shards(directions.make_directions, [(job, block) for block in range(job.blocks)], f"directions ({title})")
+    here().shards(
+        directions.make_directions, [(job, block) for block in range(job.blocks)], f"directions ({title}{f', {of}' if of else ''})"
+    )
     _price(job.url, before)
     directions.finish(job)
     return False
 
 
 @_stage
-def score(job: scores.ScoreJob) -> list[dict[str, Any]]:
-    """Score every train chunk against every query block; the receipts."""
+def score(job: scores.ScoreJob, of: str = "") -> list[dict[str, Any]]:
+    """Score every train chunk against every query block; the receipts. of: the earlier stage whose training set it is."""
     shards, blocks = job.shape
-    return _SESSION.get().shards(scores.score_shard, [(job, s, q) for q in range(blocks) for s in range(shards)], "scores")
+    return _SESSION.get().shards(
+        scores.score_shard, [(job, s, q) for q in range(blocks) for s in range(shards)], f"scores ({of})" if of else "scores"
+    )
 
 
 @_stage

@@ -55,6 +55,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         *(["separable", f"{method}: relative error {cell(error)}"] for method, error in manifest.get("separable_errors", {}).items()),
         *(["solve", f"{method}: {_inline(solve)}"] for method, solve in manifest.get("solves", {}).items()),
         *(["segments", f"{method}: {_segments(each)}"] for method, each in manifest.get("segments", {}).items()),
+        *(["stage", f"{name}: {_stage(facts)}"] for name, facts in manifest.get("stages", {}).items()),
         ["versions", _inline(manifest.get("versions"))],
         *(["note", str(note)] for note in manifest.get("notes", [])),
     ]
@@ -73,6 +74,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
 SHOWN = {
     "run_id", "complete", "created", "problem", "methods", "shape", "measurement", "sign", "units", "coverage", "reused", "seeds", "noise",
     "versions", "notes", "damping", "timings", "separable_errors", "solves", "segments", "members",
+    "stages",
 }  # fmt: skip
 
 
@@ -98,6 +100,18 @@ def _segments(segments: list[dict[str, Any]]) -> str:
     return "; ".join(
         f"steps {s['steps'][0]}..{s['steps'][1]}, time {s['horizon']:.4g}" + (f", damping {s['damping']:.4g}" if "damping" in s else "")
         for s in segments
+    )
+
+
+def _stage(facts: dict[str, Any]) -> str:
+    """An earlier stage of training: what it is, and how it is joined to the one after it."""
+    shared, train = facts.get("shared", {}), facts.get("shape", {}).get("train", "?")
+    damping = {method: sorted(set(used.values())) for method, used in facts.get("damping", {}).items()}
+    least_most = {method: values if len(values) == 1 else [values[0], values[-1]] for method, values in damping.items() if values}
+    told = {method: " to ".join(cell(value) for value in values) for method, values in least_most.items()}
+    return (
+        f"{facts.get('problem')}, {train} training examples; proximity {_inline(facts.get('proximity'))}; damping {_inline(told)}; "
+        f"{shared.get('share', 0):.1%} of the parameters shared, moved by {facts.get('shift', 0):.1%} of their norm since"
     )
 
 

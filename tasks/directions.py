@@ -27,6 +27,8 @@ from tasks.factors import fitted
 from tasks.subject import Opened, Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location
+from tda.blocks import Block
+from tda.carried import carry
 from tda.directions import Dense, Direction, Factored, join, query_gradients, query_measurements, squared_norms, take
 from tda.methods import Method, parse
 from tda.methods.work import Fit, Work
@@ -38,11 +40,21 @@ STATE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
+class Carried:
+    """What a later stage of training passes on: its directions, its blocks, and by how much it was pulled to this one's weights."""
+
+    job: DirectionJob
+    blocks: tuple[Block, ...]
+    proximity: float
+
+
+@dataclass(frozen=True)
 class DirectionJob:
     """The directions of all queries under one method.
 
     method: JSON of its options. fits: URLs, in the order of the method's. segments of the training, the subjects at their mean weights,
-    and those at the checkpoint that stands for each, for methods that need them. block: queries per task.
+    and those at the checkpoint that stands for each, for methods that need them. block: queries per task. carried: where the gradients
+    of the queries come from, if not from the subject itself.
     """
 
     url: str
@@ -57,6 +69,7 @@ class DirectionJob:
     segments: tuple[Segment, ...] = ()
     averages: tuple[Subject, ...] = ()
     checkpoints: tuple[Subject, ...] = ()
+    carried: Carried | None = None
 
     def parsed(self) -> Method:
         """The method."""
@@ -112,7 +125,7 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
     if not location.exists(url):
         opened = open_subject(job.subject)
         method = job.parsed()
-        gradients, values, norms = _of_queries(job, block, opened, taken=method.takes_gradients)
+        gradients, values, norms = _asked(job, opened, job.ids(block), taken=method.takes_gradients)
         state = job.place("state", block)
 
         def gradients_at(segment: int) -> list[Direction]:
@@ -147,13 +160,21 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started}
 
 
-def _of_queries(job: DirectionJob, block: int, opened: Opened, *, taken: bool) -> tuple[list[Direction], Tensor, Tensor]:
-    """Gradients of the queries, their measurements, and the gradients' norms; no gradients, and norms of 0, where none are taken."""
+def _asked(job: DirectionJob, opened: Opened, ids: range, *, taken: bool) -> tuple[list[Direction], Tensor, Tensor]:
+    """Gradients of queries at the subject, block by block; their measurements, and their norms where they are measured.
+
+    taken: whether the method takes gradients; there are none where it does not, and norms of 0.
+    """
     if not taken:
-        values = query_measurements(opened.attributed, opened.query, job.ids(block), batch_size=job.batch_size)
+        values = query_measurements(opened.attributed, opened.query, ids, batch_size=job.batch_size)
         return [], values, torch.zeros_like(values)
-    gradients, values = query_gradients(opened.attributed, opened.query, job.ids(block), batch_size=job.batch_size)
-    return gradients, values, torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
+    if job.carried is None:
+        gradients, values = query_gradients(opened.attributed, opened.query, ids, batch_size=job.batch_size)
+        return gradients, values, torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
+    later, blocks, proximity = job.carried.job, job.carried.blocks, job.carried.proximity
+    made = read_directions(later, ids)
+    attributed = opened.attributed
+    return carry(blocks, made.passes[0], attributed.blocks, -proximity, attributed.dtype), made.measurement, made.norms
 
 
 def _kept(url: str) -> Callable[[dict[str, Tensor]], None]:

@@ -3,86 +3,36 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from tasks import layout, retraining
-from tasks.dense import DenseJob
-from tasks.directions import DirectionJob
-from tasks.factors import FactorJob
+from tasks import chain
+from tasks.chain import Earlier, training_artifact
+from tasks.cutter import ARTIFACTS, Cutter, FitJob, Member, sized
 from tasks.prepare import Inputs, Request
-from tasks.projection import ProjectionJob
-from tasks.retraining import RetrainJob
-from tasks.sampling import SampleJob
-from tasks.scores import CHUNK_QUERIES, Scored, ScoreJob
-from tasks.subject import Subject, open_subject, read_checkpoint
-from tasks.tensors import write_tensors
-from tasks.training import segments_of
-from tda import checkpoint, location, sizes
-from tda.data import length
-from tda.evaluation.mean_shift import check_both_sides
-from tda.evaluation.subsets import masks
+from tasks.scores import ScoreJob
+from tasks.subject import open_subject, read_checkpoint
+from tda import checkpoint, location
 from tda.fingerprint import fingerprint
 from tda.methods import Method, parse_all
-from tda.methods.work import Fit
-from tda.problem import load_problem, measurement_of
-from tda.projection import Projection
+from tda.problem import measurement_of
 from tda.schema import SIGN
-from tda.trajectory import Segment, average
 
-FitJob = FactorJob | DenseJob | ProjectionJob | RetrainJob | SampleJob
-#: What a fit's artifact is called, by the class of its job.
-ARTIFACTS = {
-    FactorJob: "factors",
-    DenseJob: "spectra",
-    ProjectionJob: "projections",
-    RetrainJob: "retraining",
-    SampleJob: "trajectories",
-}
-
-
-@dataclass(frozen=True)
-class Unrolled:
-    """The training as a method sees it: segments, the subjects at their checkpoints, and those at their mean weights (where asked)."""
-
-    segments: tuple[Segment, ...]
-    checkpoints: tuple[tuple[Subject, ...], ...]
-    averages: tuple[Subject, ...]
-
-
-@dataclass(frozen=True)
-class Member:
-    """What is done for one trained model: its fits (by what they are of and their fingerprint), and its scores."""
-
-    subject: Subject
-    seed: int
-    fits: dict[str, FitJob]
-    scores: ScoreJob
-
-    def fingerprints(self) -> dict[str, Any]:
-        """Of its artifacts, for the manifest."""
-        found: dict[str, Any] = {"checkpoint": self.subject.weights, "factors": {}, "spectra": {}, "directions": {}, "fits": {}}
-        for key, job in self.fits.items():
-            found.setdefault(ARTIFACTS[type(job)], {})[key] = job.url.rpartition("/")[2]
-        for scored in self.scores.methods:
-            method = scored.directions.parsed()
-            found["directions"][method.title] = scored.directions.url.rpartition("/")[2]
-            urls = zip(method.fits, scored.directions.fits, strict=True)
-            found["fits"] |= {method.title: {fit.key: url.rpartition("/")[2] for fit, url in urls}} if method.fits else {}
-        return found
+__all__ = ["ARTIFACTS", "FitJob", "Member", "Plan", "plan", "seeds", "training_artifact"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do: one member per trained model (usually one), and the fingerprint of the whole."""
+    """What a run will do: one member per trained model (usually one), and the fingerprint of the whole.
+
+    stages: those before the one that is attributed, the latest first, where a method attributes to them.
+    """
 
     request: Request
     inputs: Inputs
     members: tuple[Member, ...]
     fingerprint: str
+    stages: tuple[Earlier, ...] = ()
 
     @property
     def first(self) -> Member:
@@ -102,13 +52,7 @@ class Plan:
             url = location.join(run_url, "members", str(m)) if many else run_url
             job = replace(member.scores, results=location.join(url, "results.zarr"), receipts=location.join(url, "receipts"))
             members.append(replace(member, scores=job))
-        return replace(self, members=tuple(members))
-
-
-def training_artifact(request: Request, inputs: Inputs, seed: int) -> str:
-    """The folder of a training of the flow's: problem, data, seed and precision determine it."""
-    parts = {"problem": inputs.problem, "train": inputs.train, "seed": seed, "dtype": request.subject.dtype}
-    return layout.artifact(request.store, "checkpoint", fingerprint("checkpoint", **parts))
+        return replace(self, members=tuple(members), stages=tuple(stage.placed(run_url) for stage in self.stages))
 
 
 def seeds(request: Request) -> range:
@@ -121,149 +65,30 @@ def plan(request: Request, inputs: Inputs) -> Plan:
     members = tuple(_member(request, inputs, seed) for seed in seeds(request))
     asked = [[*member.fingerprints()["directions"].values(), member.scores.scoring_batch, member.scores.shard_size] for member in members]
     titles = [method.title for method in parse_all([json.loads(text) for text in request.methods])]
-    whole = fingerprint("run", members=asked, titles=titles, self_influence=request.self_influence, seed=request.seed)
-    return Plan(request, inputs, members, whole)
+    stages = chain.plan(request, inputs, members[0])
+    more = {"stages": [stage.asked for stage in stages]} if stages else {}
+    whole = fingerprint("run", members=asked, titles=titles, self_influence=request.self_influence, seed=request.seed, **more)
+    return Plan(request, inputs, members, whole, stages)
 
 
 def _member(request: Request, inputs: Inputs, seed: int) -> Member:
     subject = request.subject
     if not subject.checkpoint:
-        subject = replace(subject, checkpoint=location.join(training_artifact(request, inputs, seed), "weights.safetensors"))
+        artifact = training_artifact(request, inputs, seed, chain.start(request, inputs))
+        subject = replace(subject, checkpoint=location.join(artifact, "weights.safetensors"))
     weights = checkpoint.digest(read_checkpoint(subject.checkpoint))
     seen = fingerprint("inputs", digests=[inputs.problem, inputs.train, inputs.query])
     subject = replace(subject, weights=weights, source=inputs.problem, inputs=seen)
-    attributed = open_subject(subject).attributed
-    blocks = attributed.blocks
     methods = parse_all([json.loads(text) for text in request.methods])
-    itemsize = torch.tensor([], dtype=attributed.dtype).element_size()
-    batch = request.batch_size or sizes.batch_size(blocks, attributed.outputs, itemsize=itemsize)
-    shard = request.shard_size or sizes.shard_size(inputs.examples)
-    passes = sum(method.passes for method in methods)
-
-    def block(vectors: int) -> int:
-        """Queries at a time, so many vectors being held for each; whole chunks of them."""
-        count = request.query_block or sizes.query_block(blocks, inputs.queries, vectors, itemsize=itemsize)
-        whole = request.query_block is not None or not CHUNK_QUERIES < count < inputs.queries
-        return count if whole else count - count % CHUNK_QUERIES
-
-    queries = block(passes)
-    scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries * passes, itemsize=itemsize)
-    cutter = _Cutter(request, inputs, subject, seed, batch, shard)
+    cut = sized(request, inputs, open_subject(subject).attributed, sum(method.passes for method in methods))
+    cutter = Cutter(request, inputs, subject, seed, cut.batch, cut.shard)
     fits: dict[str, FitJob] = {}
-    scored = tuple(cutter.scored(method, block(method.vectors), fits) for method in methods)
+    scored = tuple(cutter.scored(method, cut.block(method.vectors), fits) for method in methods)
     job = ScoreJob(
-        subject, scored, "", "", inputs.examples, inputs.queries, shard, queries, scoring, request.products, request.self_influence
-    )
+        subject, scored, "", "", inputs.examples, inputs.queries, cut.shard, cut.queries, cut.scoring, request.products,
+        request.self_influence,
+    )  # fmt: skip
     return Member(subject, seed, fits, job)
-
-
-@dataclass(frozen=True)
-class _Cutter:
-    """Cuts the methods of one member into jobs."""
-
-    request: Request
-    inputs: Inputs
-    subject: Subject
-    seed: int
-    batch: int
-    shard: int
-
-    def scored(self, method: Method, queries: int, fits: dict[str, FitJob]) -> Scored:
-        """The directions of a method, and what they meet; its fits are added to `fits`."""
-        unrolled = self._unrolled(method)
-        jobs = {fit: self._fit(fit, unrolled) for fit in method.fits}
-        for fit, found in jobs.items():
-            if found not in fits.values():
-                fits[fit.key if fit.key not in fits else f"{fit.key}, {method.title}"] = found
-        keys = [jobs[fit].url.rpartition("/")[2] for fit in method.fits]
-        asked = {"query": self.inputs.query, "method": method.determining(), "fits": keys, "block": queries}
-        asked |= {"seed": self.seed} if method.stochastic else {}
-        asked |= (
-            {"segments": [asdict(segment) for segment in unrolled.segments], "averages": [s.weights for s in unrolled.averages]}
-            if unrolled.segments
-            else {}
-        )
-        standing = tuple(subjects[0] for subjects in unrolled.checkpoints) if method.asks == "checkpoints" else ()
-        asked |= {"asked at": [subject.weights for subject in standing]} if standing else {}
-        url = layout.artifact(self.request.store, "directions", fingerprint("directions", **self._common(self.subject), **asked))
-        urls, count = tuple(jobs[fit].url for fit in method.fits), self.inputs.queries
-        directions = DirectionJob(
-            url, self.subject, method.model_dump_json(), urls, count, queries, self.batch, self.seed, self.request.products,
-            unrolled.segments, unrolled.averages, standing,
-        )  # fmt: skip
-        if method.meets == "final":
-            return Scored(directions, ((self.subject,),))
-        return Scored(directions, unrolled.checkpoints if method.meets == "checkpoints" else tuple((s,) for s in unrolled.averages))
-
-    def _common(self, subject: Subject) -> dict[str, Any]:
-        """What every number about a subject depends on."""
-        opened = open_subject(subject)
-        names = [name for block in opened.attributed.blocks for name in block.parameters]
-        return {
-            "weights": subject.weights, "problem": self.inputs.problem, "train": self.inputs.train, "parameters": names,
-            "dtype": str(opened.attributed.dtype), "products": self.request.products, "batch": self.batch,
-        }  # fmt: skip
-
-    def _fit(self, fit: Fit, unrolled: Unrolled) -> FitJob:
-        store, examples = self.request.store, self.inputs.examples
-        if fit.kind == "dense":
-            subject = replace(self.subject, dtype="float64")
-            key = fingerprint("spectra", curvature=fit.of, **self._common(self.subject) | {"dtype": "float64", "products": "full"})
-            return DenseJob(layout.artifact(store, "spectra", key), subject, fit.of, examples, self.batch)  # type: ignore[arg-type]
-        if fit.kind == "retraining":
-            asked, seen = self.request.subject, self.subject.inputs
-            return _retraining(store, asked.problem, asked.options, fit.of, self.request.seed, asked.dtype, seen)
-        if fit.kind == "chains":
-            options = json.dumps(json.loads(fit.of) | {"seed": self.seed}, sort_keys=True)
-            key = fingerprint("trajectories", options=options, query=self.inputs.query, **self._common(self.subject))
-            return SampleJob(layout.artifact(store, "trajectories", key), self.subject, options, examples, self.inputs.queries, self.batch)
-        subjects: tuple[Subject, ...] = (self.subject,)
-        if fit.segment is not None:
-            subjects = (unrolled.averages[fit.segment],) if unrolled.averages else unrolled.checkpoints[fit.segment]
-        if fit.kind == "projection":
-            projection, common = Projection.named(fit.of, self.seed), self._common(subjects[0])
-            url = layout.artifact(store, "projections", fingerprint("projection", shard=self.shard, **asdict(projection), **common))
-            return ProjectionJob(url, subjects[0], projection, examples, self.shard, self.batch)
-        seed = self.seed if fit.of == "sampled" else 0
-        common = self._common(subjects[0]) | ({"pooled": [s.weights for s in subjects]} if len(subjects) > 1 else {})
-        url = layout.artifact(store, "factors", fingerprint("factors", fisher=fit.of, seed=seed, shard=self.shard, **common))
-        return FactorJob(url, subjects, fit.of, seed, examples, self.shard, self.batch, self.request.products)  # type: ignore[arg-type]
-
-    def _unrolled(self, method: Method) -> Unrolled:
-        """The segments of the training, for a method that needs them."""
-        if method.meets == "final":
-            return Unrolled((), (), ())
-        segments = segments_of(method, self.subject.checkpoint)
-        folder = self.subject.checkpoint.rpartition("/")[0]
-        checkpoints = tuple(tuple(self._at(location.join(folder, name)) for name in segment.checkpoints) for segment in segments)
-        averages = tuple(self._mean(subjects) for subjects in checkpoints) if method.meets == "averages" else ()
-        return Unrolled(segments, checkpoints, averages)
-
-    def _at(self, url: str) -> Subject:
-        return replace(self.subject, checkpoint=url, weights=checkpoint.digest(read_checkpoint(url)))
-
-    def _mean(self, subjects: tuple[Subject, ...]) -> Subject:
-        """The subject at the mean weights of others, which are stored as an artifact."""
-        folder = layout.artifact(self.request.store, "averages", fingerprint("average", weights=[s.weights for s in subjects]))
-        url = location.join(folder, "weights.safetensors")
-        if not location.exists(url):
-            write_tensors(url, average([read_checkpoint(s.checkpoint) for s in subjects]))
-        return self._at(url)
-
-
-@lru_cache(maxsize=8)
-def _retraining(store: str, problem: str, options: str, of: str, seed: int, dtype: str, seen: str) -> RetrainJob:  # noqa: ARG001
-    """The same for all members of an ensemble; `seen`, of the data, keeps other data apart.
-
-    Its seeds are below 0, and so no evaluation's: what scores are judged by is not what they are learnt from.
-    """
-    alpha, subsets, seeds = of.split()
-    job = RetrainJob("", problem, options, (float(alpha),), int(subsets), int(seeds), -1 - seed, dtype)
-    planned = retraining.plan(store, job)
-    # Which examples the subsets have is known before anything is trained.
-    examples = length(load_problem(problem, json.loads(options)).train_data(), "train")
-    check_both_sides(masks(examples, float(alpha), job.subsets, job.seed))
-    return planned
 
 
 def stated(plan: Plan) -> dict[str, Any]:

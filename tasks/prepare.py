@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from tda.data import batches, digest, length
 from tda.directions import check_finite
 from tda.errors import InputError
 from tda.methods import Method, parse_all
+from tda.methods.multistage import Multistage
 from tda.problem import Problem, can_fit, problem_digest
 from tda.products import Products
 from tda.sampling.refusals import TRIED, check_model
@@ -53,20 +55,27 @@ class Inputs:
     queries: int
     train_labels: np.ndarray | None
     query_labels: np.ndarray | None
+    stages: Mapping[str, Inputs] = field(default_factory=dict)
+    """Of the stages before, by name, where a method attributes to them (`tasks.chain`); queries are the run's."""
 
 
 def examine(request: Request) -> Inputs:
     """Load and check everything; nothing is written. Raises InputError in one line, also for whatever the problem's own code raises."""
-    try:
+    with telling(request.subject.problem):
         return _examined(request)
+
+
+@contextmanager
+def telling(problem: str) -> Iterator[None]:
+    """Whatever a problem's own code raises in the block is told as an InputError in one line."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno}, in {place.name})"
-        raise InputError(
-            f"problem {request.subject.problem!r} cannot be evaluated: {said}; set TDA_TRACEBACK=1 to see all of it"
-        ) from error
+        raise InputError(f"problem {problem!r} cannot be evaluated: {said}; set TDA_TRACEBACK=1 to see all of it") from error
 
 
 def _examined(request: Request) -> Inputs:
@@ -85,16 +94,11 @@ def _examined(request: Request) -> Inputs:
         )
     if not subject.checkpoint and not can_fit(problem):
         raise InputError(f"problem {subject.problem!r} has no fit method and the config no checkpoint; give one of them")
-    found = {split: digest(problem, opened.data(split), split, check=_target_check(opened, split)) for split in ("train", "query")}
+    found = {split: digested(opened, split) for split in ("train", "query")}
     for split in ("train", "query"):
-        _probe(opened, split)
-    if any(fit.kind == "kronecker" and fit.of == "exact" for method in methods for fit in method.fits):
-        batch = opened.attributed.load(opened.train, [0])
-        next(problem.likelihood.hessian_columns(opened.attributed.tape(batch).outputs.detach(), batch.targets))
+        probe(opened, split)
     for method in methods:
-        _check_products(method, problem)
-        _check_chains(method, opened)
-        method.check(opened.attributed)
+        check_method(method, opened)
         if method.meets != "final" and subject.checkpoint:
             segments_of(method, subject.checkpoint)
         elif method.meets != "final":
@@ -108,6 +112,22 @@ def _examined(request: Request) -> Inputs:
         found["train"][1],
         found["query"][1],
     )
+
+
+def digested(opened: Opened, split: str) -> tuple[str, np.ndarray | None]:
+    """Digest and integer labels of a split, every example of which is looked at."""
+    return digest(opened.attributed.problem, opened.data(split), split, check=_target_check(opened, split))
+
+
+def check_method(method: Method, opened: Opened) -> None:
+    """InputError where a method cannot be used with a problem and its model."""
+    problem = opened.attributed.problem
+    if any(fit.kind == "kronecker" and fit.of == "exact" for fit in method.fits):
+        batch = opened.attributed.load(opened.train, [0])
+        next(problem.likelihood.hessian_columns(opened.attributed.tape(batch).outputs.detach(), batch.targets))
+    _check_products(method.own_stage if isinstance(method, Multistage) else method, problem)
+    _check_chains(method, opened)
+    method.check(opened.attributed)
 
 
 def _check_products(method: Method, problem: Problem) -> None:
@@ -143,7 +163,7 @@ def _target_check(opened: Opened, split: str) -> Callable[[Tensor], None]:
     return check
 
 
-def _probe(opened: Opened, split: str) -> None:
+def probe(opened: Opened, split: str) -> None:
     """Evaluate the first examples of a split: finite losses and measurements, one per example."""
     attributed, data = opened.attributed, opened.data(split)
     problem = attributed.problem

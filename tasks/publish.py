@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 
 import tda
 from infra import storage
+from tasks import stage_facts
 from tasks.dense import load_spectra
 from tasks.directions import load_fit, told
 from tasks.factors import FactorJob
-from tasks.plan import Plan, described, stated
+from tasks.plan import Member, Plan, described, stated
 from tasks.report import write_report
 from tasks.subject import open_subject
 from tda import location, results
 from tda.attributed import Attributed
+from tda.problem import load_problem
 from tda.schema import SCHEMA_VERSION
 
 _LIBRARIES = ("torch", "numpy", "zarr", "xarray", "dask", "prefect", "s3fs")
@@ -26,6 +29,7 @@ _LIBRARIES = ("torch", "numpy", "zarr", "xarray", "dask", "prefect", "s3fs")
 def first_manifest(plan: Plan, run_id: str, created: str, config: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a run that starts: complete is False."""
     seeds = {"run": plan.request.seed} | {f"fisher ({key})": seed for key, seed in _sampled(plan).items()}
+    told_of_stages = {"stages": stage_facts.first(plan)} if plan.stages else {}
     if len(plan.members) > 1:
         seeds |= {f"member {m}": member.seed for m, member in enumerate(plan.members)}
     return {
@@ -44,6 +48,7 @@ def first_manifest(plan: Plan, run_id: str, created: str, config: dict[str, Any]
         **({"members": [member.fingerprints() for member in plan.members]} if len(plan.members) > 1 else {}),
         "noise": noise(plan),
         "notes": notes(plan),
+        **told_of_stages,
     }
 
 
@@ -68,8 +73,10 @@ def coverage(attributed: Attributed) -> dict[str, Any]:
 
 def notes(plan: Plan) -> list[str]:
     """What a reader of the scores should know."""
-    blocks = open_subject(plan.first.subject).attributed.blocks
-    said = [f"{b.name}: diagonal curvature ({b.size} parameters without Kronecker structure)" for b in blocks if b.structure == "diagonal"]
+    attributed = open_subject(plan.first.subject).attributed
+    blocks = attributed.blocks
+    said = list(attributed.problem.notes())
+    said += [f"{b.name}: diagonal curvature ({b.size} parameters without Kronecker structure)" for b in blocks if b.structure == "diagonal"]
     said += [f"{b.name}: {b.remark}" for b in blocks if b.remark]
     said += [f"{m.title}: a cosine; it ranks examples and predicts no change" for m in plan.methods if m.cosine]
     said += [f"{m.title}: a correlation; it ranks examples and predicts no change" for m in plan.methods if m.unit == "correlation"]
@@ -92,15 +99,16 @@ def noise(plan: Plan) -> dict[str, str]:
 
 def _sampled(plan: Plan) -> dict[str, int]:
     """The seeds of the fits whose labels are drawn."""
-    each = plan.first.fits.items()
+    each = list(plan.first.fits.items())
+    each += [(f"{key}, {stage.name}", job) for stage in plan.stages for key, job in stage.member.fits.items()]
     return {key: job.seed for key, job in each if isinstance(job, FactorJob) and job.fisher == "sampled"}
 
 
-def used_damping(plan: Plan) -> dict[str, dict[str, float]]:
+def used_damping(member: Member) -> dict[str, dict[str, float]]:
     """lambda by method and layer, for the methods that have one."""
-    blocks = open_subject(plan.first.subject).attributed.blocks
+    blocks = open_subject(member.subject).attributed.blocks
     found: dict[str, dict[str, float]] = {}
-    for scored in plan.first.scores.methods:
+    for scored in member.scores.methods:
         job, method = scored.directions, scored.directions.parsed()
         each_fit = zip(method.fits, job.fits, strict=True)
         curvature = [load_spectra(url, vectors=False) if fit.kind == "dense" else load_fit(fit, url, job.subject) for fit, url in each_fit]
@@ -113,19 +121,21 @@ def used_damping(plan: Plan) -> dict[str, dict[str, float]]:
     return found
 
 
-def layer_share(plan: Plan, receipts: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def layer_share(member: Member, receipts: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Each layer's share of the sum of absolute scores, by method."""
     mass = torch.tensor([receipt["mass"] for receipt in receipts], dtype=torch.float64).sum(0)
     share = mass / mass.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    names = [block.name for block in open_subject(plan.first.subject).attributed.blocks]
-    rows = zip(plan.methods, share.tolist(), strict=True)
+    names = [block.name for block in open_subject(member.subject).attributed.blocks]
+    rows = zip(member.scores.parsed(), share.tolist(), strict=True)
     return {method.title: dict(zip(names, row, strict=True)) for method, row in rows if any(row)}  # direct scores have no layers
 
 
 def write_page(plan: Plan, run_url: str, manifest: dict[str, Any]) -> None:
     """Write the report of a run whose arrays are all there."""
     run = results.Run(run_url, {**manifest, "complete": True})
-    storage.write_bytes(location.join(run_url, "report.html"), write_report(run, open_subject(plan.first.subject).attributed.problem))
+    stages = {stage.name: load_problem(stage.member.subject.problem, json.loads(stage.member.subject.options)) for stage in plan.stages}
+    page = write_report(run, open_subject(plan.first.subject).attributed.problem, stages=stages)
+    storage.write_bytes(location.join(run_url, "report.html"), page)
 
 
 def complete(run_url: str, manifest: dict[str, Any]) -> None:

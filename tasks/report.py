@@ -20,11 +20,12 @@ from markupsafe import Markup
 from tasks.report_charts import histogram
 from tasks.report_content import Describes, Split, described
 from tasks.report_sampling import Speaks, heat_map, sampled
+from tasks.report_stages import Stages
 from tasks.report_text import date, number, percent, seconds
 from tda.results import NotStored, ranking
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from tda.results import Kind, Run
 
@@ -39,7 +40,7 @@ HEATED = 2  # examples at each end of a query's ranking whose tokens are shown
 MOST_SCORES = 4_000_000  # per method, in the histogram: 16 MB; of larger runs, some queries are drawn
 
 
-def write_report(run: Run, problem: Shows, *, queries: int = 6, k: int = 5) -> bytes:
+def write_report(run: Run, problem: Shows, *, queries: int = 6, k: int = 5, stages: Mapping[str, Describes] | None = None) -> bytes:
     """The report of a run as one self-contained HTML page, UTF-8.
 
     Args:
@@ -47,14 +48,17 @@ def write_report(run: Run, problem: Shows, *, queries: int = 6, k: int = 5) -> b
         problem: describes its examples as image, text or dict, and names tokens where a method scores them.
         queries: how many are shown: those whose measurement is worst.
         k: how many helpful, and how many harmful examples are shown for each.
+        stages: what describes the examples of earlier stages, by name.
     """
     asked, train = _examples(run, problem, "query"), _examples(run, problem, "train")
+    earlier = Stages(run, stages or {})
     page = {
         "run": run,
         "manifest": run.manifest,
         "created": date(run.manifest.get("created", "")),
         "measurement": run.manifest.get("measurement", {}).get("name", "measurement"),
-        "queries": [_query(run, problem, asked(place), train, place, k) for place in _worst_queries(run, queries)],
+        "queries": [_query(run, problem, asked(place), train, earlier, place, k) for place in _worst_queries(run, queries)],
+        "stages": earlier.facts,
         "methods": [_method(run, train, place) for place in range(len(run.methods))],
         "timings": _timings(run.manifest.get("timings", {})),
         "coverage": run.manifest.get("coverage", {}),
@@ -107,13 +111,14 @@ def _worst_queries(run: Run, count: int) -> list[int]:
     return [int(place) for place in np.argsort(values if run.better == "higher" else -values, kind="stable")[:count]]
 
 
-def _query(run: Run, problem: Shows, query: dict[str, Any], train: _Examples, place: int, k: int) -> dict[str, Any]:
+def _query(run: Run, problem: Shows, query: dict[str, Any], train: _Examples, earlier: Stages, place: int, k: int) -> dict[str, Any]:
     """One query with its most helpful and most harmful examples by every method; reads one row of the scores per method."""
     methods: list[dict[str, Any]] = []
     for m, row in enumerate(run.influence[:, place].to_numpy()):
         found: dict[str, Any] = {kind: _ranked(run, query, train, row, kind, k) for kind in ("helpful", "harmful")}
         shown = [example["id"] for kind in ("helpful", "harmful") for example in found[kind][:HEATED]]
-        methods.append(found | {"heat": heat_map(run, problem, m, query["id"], shown)})
+        stages = earlier.of(run.methods[m], place, lambda shows, scores, kind: _ranked(run, query, shows, scores, kind, k))
+        methods.append(found | {"heat": heat_map(run, problem, m, query["id"], shown), "stages": stages})
     return query | {"methods": methods}
 
 

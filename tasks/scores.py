@@ -87,7 +87,7 @@ class ScoreJob:
     @property
     def owned(self) -> tuple[bool, ...]:
         """Which methods give self-influence."""
-        return tuple(_gives_own(method) or method.has_own for method in self.parsed())
+        return tuple(method.gives_own or method.has_own for method in self.parsed())
 
     @property
     def erring(self) -> tuple[bool, ...]:
@@ -102,10 +102,6 @@ class Part:
     method: int
     weight: float
     scorer: Scorer
-
-
-def _gives_own(method: Method) -> bool:
-    return type(method).own is not Method.own or type(method).owns is not Method.owns
 
 
 def _direct(job: DirectionJob, method: Method, kept: dict[str, Tensor]) -> Direct | None:
@@ -127,7 +123,7 @@ def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor
         if (direct := _direct(scored.directions, method, read.kept)) is not None:
             parts[job.subject].append(Part(m, 1.0, Scorer(method.title, (), read.norms, direct=direct)))
             continue
-        owned = job.self_influence and block == 0 and _gives_own(method)
+        owned = job.self_influence and block == 0 and method.gives_own
         own_of = _owns(scored.directions) if owned else ()
         for p, (directions, met) in enumerate(zip(read.passes, scored.meets, strict=True)):
             for subject in met:

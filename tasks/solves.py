@@ -17,14 +17,16 @@ def summarize(plan: Plan) -> dict[str, Any]:
     """For the manifest, by method, the worst over query blocks, segments and members.
 
     separable_errors; solves: steps, evaluations, largest residual, and how many solves of a query did not reach the tolerance; segments:
-    of the training, with their horizons and dampings, for methods that unroll it (those of the first member).
+    of the training, with their horizons and dampings, for methods that unroll it (those of the first member). Solves of an earlier stage
+    have its name in brackets.
     """
     errors: dict[str, float] = {}
     solves: dict[str, dict[str, Any]] = {}
     segments: dict[str, Any] = {}
-    for member in plan.members:
+    members = [(member, "") for member in plan.members] + [(stage.member, f" ({stage.name})") for stage in plan.stages]
+    for member, of in members:
         for scored in member.scores.methods:
-            title, each = scored.directions.parsed().title, told(scored.directions)
+            title, each = scored.directions.parsed().title + of, told(scored.directions)
             for one in each:
                 if "separable_error" in one:
                     errors[title] = max(errors.get(title, 0.0), one["separable_error"])
@@ -69,6 +71,8 @@ def write_solves(plan: Plan) -> None:
     for member in plan.members:
         done = location.join(member.scores.receipts, "solves.json")
         found = {scored.directions.parsed().title: _joined(scored.directions) for scored in member.scores.methods}
+        for stage in plan.stages:  # there is one member then
+            found |= {f"{s.directions.parsed().title} ({stage.name})": _joined(s.directions) for s in stage.member.scores.methods}
         if not any(found.values()) or location.exists(done):
             continue
         url = location.join(member.scores.results.rpartition("/")[0], "solves.zarr")

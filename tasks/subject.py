@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tda import checkpoint, location
+from tda import checkpoint
 from tda.attributed import Attributed
 from tda.data import length
 from tda.errors import InputError
@@ -92,7 +92,7 @@ def open_subject(subject: Subject) -> Opened:
             state = read_checkpoint(subject.checkpoint)
             if subject.weights and checkpoint.digest(state) != subject.weights:
                 raise InputError(f"checkpoint {subject.checkpoint} was replaced while the run was under way; start it again")
-            checkpoint.fill(model, state, subject.checkpoint)
+            family.problem.restore(model, state, subject.checkpoint)
         if subject.dtype != "auto":
             model = model.to(DTYPES[subject.dtype])
         attributed = inspect(family.problem, model, family.train, modules=subject.modules, exclude=subject.exclude)
@@ -119,8 +119,5 @@ def warm(subject: Subject) -> None:
 
 
 def read_checkpoint(url: str) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors; InputError where there is no such file or it is not usable."""
-    try:
-        return checkpoint.parse(location.read_bytes(url), url)
-    except FileNotFoundError as error:
-        raise InputError(f"checkpoint {url} does not exist; correct the path, or leave it out to train one") from error
+    """A checkpoint's tensors; InputError where there is no such file or folder, or it is not usable."""
+    return checkpoint.read(url)

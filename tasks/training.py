@@ -18,8 +18,9 @@ from torch import nn
 
 from infra import storage
 from tasks import layout
-from tasks.subject import DTYPES, Subject, read_checkpoint
+from tasks.subject import DTYPES, Subject, open_subject, read_checkpoint
 from tda import checkpoint, location
+from tda.carried import begin
 from tda.errors import InputError
 from tda.methods import Method
 from tda.problem import Problem, load_problem
@@ -29,18 +30,21 @@ from tda.trajectory import Recorder, Segment, Trajectory, cut
 _OPTIONS = {"tracin": "checkpoints", "trak": "models"}
 
 
-def train(job: tuple[Subject, int, str]) -> dict[str, Any]:
-    """Train the subject's model from scratch with a seed and write artifacts/checkpoint/<fingerprint>: weights, then the marker.
+def train(job: tuple[Subject, int, str] | tuple[Subject, int, str, Subject | None]) -> dict[str, Any]:
+    """Train the subject's model with a seed and write artifacts/checkpoint/<fingerprint>: weights, then the marker.
 
-    job: (subject, seed, artifact URL). Does nothing where the artifact is complete.
+    job: (subject, seed, artifact URL), and the subject from whose weights training starts where that is not from fresh ones. Does nothing
+    where the artifact is complete.
     """
-    subject, seed, url = job
+    subject, seed, url, start = job if len(job) == 4 else (*job, None)
     started = time.perf_counter()
     if not layout.is_complete(url):
         problem = load_problem(subject.problem, json.loads(subject.options))
         torch.manual_seed(seed)
         model = problem.model()
         model = model if subject.dtype == "auto" else model.to(DTYPES[subject.dtype])
+        if start is not None:
+            begin(model, open_subject(start).attributed.model.state_dict(), start.checkpoint)
         recorder = Recorder(
             model,
             lambda name, data: storage.write_bytes(location.join(url, name), data),

@@ -18,7 +18,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tda.blocks import Block, Pair, to_matrix
 from tda.errors import InputError
-from tda.operations import BINDERS, MATRIX, Call, Layout, conv_rows, embedding_ids, embedding_rows, fits, linear_rows, vector_gradient
+from tda.operations import (
+    BINDERS,
+    MATRIX,
+    Call,
+    Layout,
+    conv_rows,
+    embedding_ids,
+    embedding_rows,
+    fits,
+    linear_rows,
+    vector_gradient,
+    vector_rows,
+)
 from tda.problem import Batch, Problem
 
 
@@ -119,10 +131,11 @@ class Tape:
             value = function(outputs, self._batch.targets if targets is None else targets)
             return torch.autograd.grad(value.sum(), outputs)[0].to(self.outputs.dtype)
 
-    def pairs(self, seed: Tensor, *, last: bool = True) -> Iterator[list[Pair]]:
+    def pairs(self, seed: Tensor, *, last: bool = True, apart: bool = False) -> Iterator[list[Pair]]:
         """For each block in order, the pairs whose summed products are the per-example gradients of sum(outputs * seed).
 
-        last: whether the graph may be freed. Blocks are made one at a time, so that only one layer's patches are in memory.
+        last: whether the graph may be freed. apart: whether scales and shifts keep their positions, too.
+        Blocks are made one at a time, so that only one layer's patches are in memory.
         """
         calls = [call for calls in self._calls.values() for call in calls]
         edges = [call.edge for call in calls]
@@ -132,11 +145,15 @@ class Tape:
         gradients = {id(call): _or_zeros(gradient, call.output) for call, gradient in zip(calls, found, strict=True)}
         direct = self._direct([block for block in self._blocks if block.direct], seed)
         for block in self._blocks:
-            yield [direct[block.name]] if block.direct else self._read(block, gradients)
+            yield [direct[block.name]] if block.direct else self._read(block, gradients, apart=apart)
 
-    def _read(self, block: Block, gradients: dict[int, Tensor]) -> list[Pair]:
+    def _read(self, block: Block, gradients: dict[int, Tensor], *, apart: bool) -> list[Pair]:
         calls = self._calls.get(block.weight or block.bias or "", [])
         layout = self._layouts.get(block.name, Layout())
+        if block.form == "vector" and apart:
+            rows = [vector_rows(call, gradients[id(call)], layout, self.size) for call in calls]
+            if all(row is not None for row in rows):
+                return [Pair(row[None], row.new_ones(1, *row.shape[:2], 1)) for row in rows if row is not None]
         if block.form == "vector":
             total = sum(vector_gradient(call, gradients[id(call)], layout, self.size) for call in calls)
             return [_column(total)] if isinstance(total, Tensor) else []

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from tda import location
 from tda.errors import InputError
+
+#: Endings of files that are pickles, and what a folder of transformers calls its weights.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def dump(model: nn.Module) -> bytes:
@@ -22,6 +28,59 @@ def dump(model: nn.Module) -> bytes:
             state[name] = tensor.detach().contiguous().cpu().clone()
             seen.add(key)
     return save(state)
+
+
+def read(url: str) -> dict[str, Tensor]:
+    """Tensors by name of a safetensors file, or of a folder as transformers save it, in one file or in several with an index.
+
+    Raises InputError where there is none, or only pickles.
+    """
+    if url.endswith(PICKLES):
+        raise InputError(f"checkpoint {url} is a pickle, which is never read; save it with safetensors.torch.save_file")
+    names = [] if url.endswith(".safetensors") else location.list_names(url)
+    if not names:
+        return _file(url, url)
+    if INDEX in names:
+        return _shards(url, location.read_json(location.join(url, INDEX)).get("weight_map", {}))
+    if WHOLE in names:
+        return _file(location.join(url, WHOLE), url)
+    raise InputError(f"checkpoint {url} {_without_weights(names)}")
+
+
+def has_weights(names: Sequence[str]) -> bool:
+    """Whether a folder that holds files of these names has weights that `read` reads."""
+    return INDEX in names or WHOLE in names
+
+
+def _file(url: str, where: str) -> dict[str, Tensor]:
+    try:
+        return parse(location.read_bytes(url), where)
+    except FileNotFoundError as error:
+        raise InputError(f"checkpoint {where} does not exist; correct the path, or leave it out to train one") from error
+
+
+def _shards(url: str, places: dict[str, str]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        try:
+            state |= parse(location.read_bytes(location.join(url, name)), location.join(url, name))
+        except FileNotFoundError as error:
+            raise InputError(f"checkpoint {url} lacks {name}, which its index names; copy the folder again") from error
+    if lost := sorted(places.keys() - state.keys()):
+        raise InputError(f"checkpoint {url} lacks tensors that its index names: {listed(lost)}; copy the folder again")
+    return state
+
+
+def _without_weights(names: Sequence[str]) -> str:
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if "adapter_config.json" in names:
+        return "is a PEFT adapter without its base; give the base's folder here, and the adapter's in [problem_options]"
+    if pickles:
+        return (
+            f"holds pickled weights ({listed(pickles)}), which are never read; where you trust them, convert them: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return f"holds no {WHOLE}; it has {listed(names)}: give a safetensors file, or a folder of transformers"
 
 
 def parse(data: bytes, where: str) -> dict[str, Tensor]:
@@ -59,11 +118,12 @@ def fill(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     shapes = [f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}" for n in state if n in own and state[n].shape != own[n].shape]
     found = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
     if any(names for _, names in found):
-        said = "; ".join(f"{what}: {_listed(names)}" for what, names in found if names)
+        said = "; ".join(f"{what}: {listed(names)}" for what, names in found if names)
         raise InputError(f"checkpoint {where} does not fit the model: {said}; give the checkpoint of this architecture")
     model.load_state_dict(state, strict=False)
 
 
-def _listed(names: list[str], most: int = 5) -> str:
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

@@ -34,6 +34,8 @@ def inspect(
 ) -> Attributed:
     """Cut `model` into blocks. `modules` and `exclude` are glob patterns over module or parameter names; a pattern takes what lies below.
 
+    A word of `problem.groups(model)` stands for the modules that it names.
+
     Raises InputError where a pattern matches nothing, where nothing is left to attribute, where the loss is not one finite number per
     example, or where an example's loss depends on the others of its batch.
     """
@@ -42,6 +44,8 @@ def inspect(
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f'the model is {str(dtype).removeprefix("torch.")}, too coarse for gradients; set dtype = "float32" in the config')
     parameters = dict(model.named_parameters())
+    groups = problem.groups(model)
+    modules, exclude = ([name for pattern in each for name in groups.get(pattern, (pattern,))] for each in (modules, exclude))
     chosen, skipped = _select(parameters, modules, exclude)
     n = len(dataset)
     # The third example is the first again, so that padding to the longest of a batch changes no other axis.

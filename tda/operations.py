@@ -208,27 +208,49 @@ def embedding_ids(call: Call, layout: Layout, batch: int) -> Tensor:
 def vector_gradient(call: Call, gradient: Tensor, layout: Layout, batch: int) -> Tensor:
     """Per-example gradient (batch, n) of a scale and shift, weight first: sum_t s_t * normalised_t and sum_t s_t."""
     parts = []
+    for row, shape in _scaled_rows(call, gradient):
+        # group_norm's and batch_norm's parameters lie along axis 1, not along the last ones
+        channels = call.options.get("channels") or (call.op in ("group_norm", "batch_norm") and row.ndim > 2)
+        parts.append(row.flatten(2).sum(2) if channels else _reduce(row, shape, layout, batch))
+    return torch.cat([p.reshape(batch, -1) for p in parts], 1)
+
+
+def vector_rows(call: Call, gradient: Tensor, layout: Layout, batch: int) -> Tensor | None:
+    """The same position by position, (batch, positions, n); None where parameters do not lie along the last axes."""
+    if call.options.get("channels") or call.op in ("group_norm", "batch_norm"):
+        return None
+    parts = [_positions(row, shape, layout, batch) for row, shape in _scaled_rows(call, gradient)]
+    if any(1 in p.shape[2:] for p in parts):
+        return None
+    return torch.cat([p.flatten(2) for p in parts], 2)
+
+
+def _scaled_rows(call: Call, gradient: Tensor) -> list[tuple[Tensor, torch.Size]]:
+    """What is summed over positions for the weight and for the bias, shaped like the output, and their shapes."""
     if call.op in ("scale", "shift"):
         assert call.weight is not None
-        each = gradient * call.input.detach() if call.op == "scale" else gradient
-        parts.append(each.flatten(2).sum(2) if call.options.get("channels") else _reduce(each, call.weight.shape, layout, batch))
-    else:
-        shape = next(t.shape for t in (call.weight, call.bias) if t is not None)
-        channels = call.op in ("group_norm", "batch_norm")  # their parameters lie along axis 1, not along the last ones
-        rows = []
-        if call.weight is not None:
-            rows.append(gradient * call.options["normal"](call.input.detach()))
-        if call.bias is not None:
-            rows.append(gradient)
-        parts = [row.flatten(2).sum(2) if channels and row.ndim > 2 else _reduce(row, shape, layout, batch) for row in rows]
-    return torch.cat([p.reshape(batch, -1) for p in parts], 1)
+        return [(gradient * call.input.detach() if call.op == "scale" else gradient, call.weight.shape)]
+    shape = next(t.shape for t in (call.weight, call.bias) if t is not None)
+    rows = []
+    if call.weight is not None:
+        rows.append((gradient * call.options["normal"](call.input.detach()), shape))
+    if call.bias is not None:
+        rows.append((gradient, shape))
+    return rows
+
+
+def _positions(x: Tensor, shape: torch.Size, layout: Layout, batch: int) -> Tensor:
+    """(batch, positions, *shape): `x` with the batch first and all axes between it and those of the parameter as one."""
+    x = x.reshape(batch, -1, *x.shape[1:]) if layout.folded else x.movedim(layout.axis, 0)
+    while len(shape) and shape[0] == 1:  # a leading 1 may stand at the batch axis itself, as in positions (1, tokens, width)
+        shape = shape[1:]
+    return x.reshape(batch, -1, *x.shape[x.ndim - len(shape) :])
 
 
 def _reduce(x: Tensor, shape: torch.Size, layout: Layout, batch: int) -> Tensor:
     """Sum `x` over every axis but the batch to `shape` (aligned at the right, as broadcasting does)."""
-    x = x.reshape(batch, -1, *x.shape[1:]) if layout.folded else x.movedim(layout.axis, 0)
-    while len(shape) and shape[0] == 1:  # a leading 1 may stand at the batch axis itself, as in positions (1, tokens, width)
+    flat = _positions(x, shape, layout, batch).sum(1)
+    while len(shape) and shape[0] == 1:
         shape = shape[1:]
-    flat = x.reshape(batch, -1, *x.shape[x.ndim - len(shape) :]).sum(1)
     ones = [d + 1 for d, n in enumerate(shape) if n == 1]
     return flat.sum(ones, keepdim=True) if ones else flat

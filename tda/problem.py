@@ -9,7 +9,7 @@ import inspect
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tda.checkpoint import fill
 from tda.errors import InputError, cause
 from tda.likelihoods import Likelihood
 from tda.recipe import Recipe, train
@@ -41,6 +42,8 @@ class Problem(ABC):
     better: Literal["lower", "higher"] = "lower"
     #: (train,) bool: which training labels are known to be wrong; None where nothing is known. An evaluation asks how well they are found.
     mislabelled: Any = None
+    #: Names of options that are paths: a run's configuration takes them from its own folder.
+    paths: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -69,6 +72,26 @@ class Problem(ABC):
             found: Tensor = batch.inputs["attention_mask"].bool()
             return found
         return None
+
+    def restore(self, model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+        """Load a checkpoint's tensors into `model`, as `model()` gave it, in place. By default names must be the model's.
+
+        Raises InputError where they do not fit.
+        """
+        fill(model, state, where)
+
+    def groups(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
+        """Names of modules by a word that stands for all of them in `modules` and `exclude`, such as "mlp"; none by default."""
+        return {}
+
+    def notes(self) -> Sequence[str]:
+        """What a reader of the scores should know of the data: shown with a run's notes."""
+        return ()
+
+    @classmethod
+    def content(cls, options: Mapping[str, Any]) -> str:  # noqa: ARG003
+        """What counts in files that the options name, beside weights and data: a digest. What differs in it shares no artifact."""
+        return ""
 
     def recipe(self) -> Recipe | None:
         """How `fit` trains where the problem does not define its own; many models are then retrained at once. None: not said."""
@@ -191,8 +214,11 @@ def _load_file(path: Path) -> Any:
 def problem_digest(spec: str, options: dict[str, Any]) -> str:
     """sha256 of what determines a problem's computations.
 
-    Its name, its options, the sources of its module and of all the user's modules that it imports, and the versions of tda and torch.
+    Its name, its options and the content of files that they name, the sources of its module and of all the user's modules that it
+    imports, and the versions of tda and torch.
     """
     texts = {name: hashlib.sha256(text).hexdigest() for name, text in sources(import_problem(spec)).items()}
     versions = [version("tda"), torch.__version__]
-    return hashlib.sha256(json.dumps([spec.rpartition(":")[2], options, versions, texts], sort_keys=True).encode()).hexdigest()
+    kind = getattr(import_problem(spec), spec.rpartition(":")[2], Problem)
+    content = [found] if (found := kind.content(options)) else []
+    return hashlib.sha256(json.dumps([spec.rpartition(":")[2], options, versions, texts, *content], sort_keys=True).encode()).hexdigest()

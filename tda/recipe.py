@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD: w <- w - learning_rate * b, where b <- momentum * b + grad + weight_decay * w.
+    """SGD: w <- w - learning_rate * b, where b <- momentum * b + grad + weight_decay * w + proximity * (w - w_0).
 
     grad is of the mean loss over a batch; batches are the consecutive pieces of a fresh random order in every epoch, the last one
-    possibly smaller.
+    possibly smaller. w_0 are the weights that training starts from: proximity a adds (a/2) ||w - w_0||^2 to the objective, as fine-tuning
+    does whose pre-training is to be attributed (`tda.methods.multistage`).
 
     Raises:
         InputError: a number is out of its range.
@@ -36,13 +37,20 @@ class Recipe:
     learning_rate: float
     momentum: float = 0.0
     weight_decay: float = 0.0
+    proximity: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             _check(name, getattr(self, name), lambda value: isinstance(value, int) and value >= 1, "a whole number of at least 1")
         _check("learning_rate", self.learning_rate, lambda value: 0 < value < math.inf, "a number above 0")
         _check("momentum", self.momentum, lambda value: 0 <= value < 1, "a number in [0, 1)")
-        _check("weight_decay", self.weight_decay, lambda value: 0 <= value < math.inf, "a number of at least 0")
+        for name in ("weight_decay", "proximity"):
+            _check(name, getattr(self, name), lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+    @property
+    def pull(self) -> float:
+        """What the training adds to every eigenvalue of the loss's curvature: weight decay and proximity."""
+        return self.weight_decay + self.proximity
 
     def steps(self, examples: int) -> int:
         """Optimizer steps of one epoch over so many examples."""
@@ -68,6 +76,8 @@ def train(problem: Problem, recipe: Recipe, model: nn.Module, dataset: Any, *, s
     """
     whole = load_all(problem, dataset, next(model.parameters()))
     optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay)
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in learnt] if recipe.proximity else []
     model.train()
     step = 0
     for order in orders(recipe, len(dataset), seed):
@@ -75,11 +85,12 @@ def train(problem: Problem, recipe: Recipe, model: nn.Module, dataset: Any, *, s
             batch = rows(whole, ids)
             optimizer.zero_grad()
             problem.likelihood.loss(problem.predict(model, batch), batch.targets).mean().backward()
+            for parameter, first in zip(learnt, start, strict=False):  # none without a proximity
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - first, alpha=recipe.proximity)
             optimizer.step()
             step += 1
-        on_checkpoint(
-            model=model, learning_rate=recipe.learning_rate, step=step, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-        )
+        on_checkpoint(model=model, learning_rate=recipe.learning_rate, step=step, momentum=recipe.momentum, weight_decay=recipe.pull)
 
 
 def load_all(problem: Problem, dataset: Any, like: Tensor) -> Batch:

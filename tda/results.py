@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-_SPECTRA = ("eigenvalues", "kfac_in", "kfac_out")
-
 Kind = Literal["helpful", "harmful"]
 
 
@@ -119,6 +117,18 @@ class Run:
         """Scores (method, query, train), float32, lazily; coords query, train, query_label, train_label; attrs sign, units, damping."""
         return Scores(self._results["influence"])
 
+    def influence_on(self, stage: str) -> xr.DataArray:
+        """Scores (method, query, train) of another training set, such as "pretraining", as `influence` has them of the run's own.
+
+        N, train and train_label are that set's. Lazily.
+
+        Raises:
+            NotStored: no method of the run attributes to it.
+        """
+        from tda.earlier import influence_on
+
+        return influence_on(self, stage)
+
     @property
     def self_influence(self) -> xr.DataArray:
         """Scores (method, train) of each training example on its own loss, float32, lazily."""
@@ -143,13 +153,9 @@ class Run:
         Raises:
             NotStored: no method of the run has factors.
         """
-        fits = dict(self.manifest.get("fingerprints", {}).get("factors", {}))
-        if not fits:
-            raise NotStored(f"run {self.id} has no factors; methods such as ekfac and kfac store them (it has {', '.join(self.methods)})")
-        found = xr.Dataset()
-        for key, fingerprint in fits.items():
-            found.update(_spectra(self, fingerprint, f"{key}/" if len(set(fits.values())) > 1 else ""))
-        return found
+        from tda.stored_spectra import spectra
+
+        return spectra(self)
 
     @property
     def stderr(self) -> xr.DataArray:
@@ -215,12 +221,13 @@ class Run:
     def token_influence(
         self, query: int, train: Sequence[int], method: str | None = None, *, by_query_token: bool = False, member: int = 0
     ) -> xr.DataArray:
-        """The influence of single tokens of training examples on a query, (train, train_token), computed now; 0 where there is no label.
+        """The influence of single tokens of training examples on a query, (train, train_token), computed now; sums are the sequence's.
 
-        by_query_token: on the loss of each of the query's tokens, (train, train_token, query_token). Sums are the sequence's influence.
+        Under bif by the tokens whose loss it is, 0 where there is no label; under gradient methods by the tokens as inputs, from the
+        problem itself. by_query_token: bif's on the loss of each of the query's tokens, (train, train_token, query_token).
 
         Raises:
-            NotStored: no losses of single tokens are stored.
+            NotStored: no losses of single tokens are stored, and the method has no directions.
             InputError: no such query or training example.
         """
         from tda.sampled import token_influence
@@ -238,7 +245,7 @@ class Run:
 
         return open_evaluation(self.url)
 
-    def top(self, query: int, k: int = 10, method: str | None = None, kind: Kind = "helpful") -> pd.DataFrame:
+    def top(self, query: int, k: int = 10, method: str | None = None, kind: Kind = "helpful", on: str | None = None) -> pd.DataFrame:
         """The k training examples that help or harm a query most.
 
         Helpful examples move the measurement in its better direction: where it is a loss, those with the most negative influence.
@@ -249,22 +256,25 @@ class Run:
             k: how many; fewer where there are fewer training examples.
             method: its label; the last one of the configuration when absent.
             kind: "helpful" or "harmful".
+            on: another training set, such as "pretraining".
 
         Returns:
             Columns rank (from 1), train (id), label (where labels are integers), score.
 
         Raises:
             InputError: no such query or method, or k or kind is none of those above.
+            NotStored: no method of the run attributes to the set.
         """
-        method = self._method(method)
+        influence = self.influence if on is None else self.influence_on(on)
+        method = self._method(method, influence)
         if kind not in ("helpful", "harmful"):
             raise InputError(f"kind must be 'helpful' or 'harmful', got {kind!r}")
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}")
-        queries = self.influence.indexes["query"]
+        queries = influence.indexes["query"]
         if query not in queries:
             raise InputError(f"run {self.id} has no query {query!r}; it has {len(queries)}, from {queries.min()} to {queries.max()}")
-        row = self.influence.loc[method, query]
+        row = influence.loc[method, query]
         scores = row.to_numpy()
         order = ranking(scores, kind=kind, better=self.better)[:k]
         table = pd.DataFrame({"rank": np.arange(1, len(order) + 1), "train": row["train"].to_numpy()[order]})
@@ -284,7 +294,11 @@ class Run:
 
     @cached_property
     def _results(self) -> xr.Dataset:
-        group = self._open_group("results.zarr")
+        return self.scored()
+
+    def scored(self, *folder: str) -> xr.Dataset:
+        """What results.zarr in a folder of the run holds, checked and lazily."""
+        group = self._open_group(*folder, "results.zarr")
         present = set(group.array_keys())
         required = {"influence", "method", "query", "train"}
         schema.validate(group, sorted(required | (present & set(schema.SPECS))))
@@ -301,10 +315,10 @@ class Run:
             raise NotStored(f"run {self.id} has no {name}; {source} stores it")
         return self._results[name]
 
-    def _method(self, method: str | None) -> str:
-        labels = [str(label) for label in self._results["method"].to_numpy()]
+    def _method(self, method: str | None, influence: xr.DataArray) -> str:
+        labels = [str(label) for label in influence["method"].to_numpy()]
         if method is None:
-            return self.default_method
+            return self.default_method if self.default_method in labels else labels[-1]
         if method not in labels:
             raise InputError(f"run {self.id} has no method {method!r}; it has {', '.join(labels)}")
         return method
@@ -334,27 +348,6 @@ def lazy(group: zarr.Group) -> xr.Dataset:
 def _with_labels(data: xr.Dataset) -> xr.Dataset:
     """Methods as plain strings: pandas and xarray select by them, whatever NumPy's string type of the day is."""
     return data.assign_coords(method=[str(label) for label in data["method"].to_numpy()])
-
-
-def _spectra(run: Run, fingerprint: str, prefix: str) -> xr.Dataset:
-    url = location.join(run.store, "artifacts", "factors", fingerprint, "factors.zarr")
-    try:
-        group = location.open_group(url)
-    except FileNotFoundError as error:
-        raise InputError(f"the factors of run {run.id} are gone from {url}; run its config again to fit them") from error
-    schema.check_version(group.attrs, url)
-    found = xr.Dataset()
-    for index, layer in enumerate(run.manifest.get("coverage", {}).get("layers", [])):
-        folder = group.get(f"layers/{index}")
-        if not isinstance(folder, zarr.Group):
-            continue  # no Kronecker factors: an exact block or a diagonal
-        name = f"{prefix}{layer['name']}"
-        spectra = lazy(folder)[[key for key in _SPECTRA if key in folder]]
-        schema.validate(group, [f"layers/{index}/{key}" for key in spectra])
-        for array in spectra.data_vars.values():
-            array.attrs.update(layer=layer["name"], kind=layer.get("kind", ""))
-        found.update(spectra.rename({key: f"{name}.{key}" for key in (*spectra.data_vars, *spectra.dims)}))
-    return found
 
 
 def _manifests(store: str, prefix: str | None = None) -> dict[str, dict[str, Any]]:

@@ -62,17 +62,32 @@ def token_influence(run: Run, query: int, train: Sequence[int], method: str | No
     """As `Run.token_influence` says."""
     from tda.results import NotStored
 
-    found = stored(run, method, member)
-    if not found.told["tokens"]:
-        raise NotStored(f"run {run.id} has no losses of single tokens; tokens = true in the method's table stores them")
     for name, ids in (("query", [query]), ("train", train)):
         known = run.influence.sizes[name]
         if bad := [i for i in ids if not 0 <= i < known]:
             raise InputError(f"run {run.id} has no {name} example {bad[0]}; it has {known}, counted from 0")
+    if not _samples(run, method):
+        if by_query_token:
+            raise InputError("by_query_token is known of methods that sample alone (bif); leave it out")
+        from tda import stored_tokens
+
+        return stored_tokens.token_influence(run, query, train, method, member)
+    found = stored(run, method, member)
+    if not found.told["tokens"]:
+        raise NotStored(f"run {run.id} has no losses of single tokens; tokens = true in the method's table stores them")
     values = token_scores(found, query, list(train), by_query_token=by_query_token)
     dims = ("train", "train_token", "query_token")[: values.ndim]
     attrs: dict[str, Any] = {"units": schema.UNITS, "sign": schema.SIGN, "query": int(query)}
     return xr.DataArray(values, dims=dims, coords={"train": list(train)}, attrs=attrs, name="token_influence")
+
+
+def _samples(run: Run, method: str | None) -> bool:
+    """Whether the method, or where none is named any of the run's, has trajectories."""
+    prints = run.manifest.get("fingerprints", {})
+    each = prints if "fits" in prints else run.manifest.get("members", [prints])[0]
+    marks = set(each.get("trajectories", {}).values())
+    found = [title for title, fits in each.get("fits", {}).items() if marks & set(fits.values())]
+    return method in found if method is not None else bool(found)
 
 
 def token_scores(found: Trajectories, query: int, train: Sequence[int], *, by_query_token: bool = False) -> np.ndarray[Any, Any]:

@@ -84,17 +84,21 @@ def _fit(
     gradients = by_hand or _any_gradients(stack)
     ids_Mn = torch.tensor([list(ids) for ids in subsets])
     momenta = [torch.zeros_like(parameter) for parameter in trained]
+    start = [parameter.clone() for parameter in trained] if recipe.proximity else []
     skeleton.train()
     for epoch in zip(*(orders(recipe, ids_Mn.shape[1], seed) for seed in seeds), strict=True):
         for ids_MB in ids_Mn.gather(1, torch.stack(epoch)).split(recipe.batch_size, 1):
             batch = rows(whole, ids_MB)
-            _step(recipe, trained, momenta, gradients(trained, batch.inputs, batch.targets))
+            _step(recipe, trained, start, momenta, gradients(trained, batch.inputs, batch.targets))
     return stack
 
 
-def _step(recipe: Recipe, parameters: list[Tensor], momenta: list[Tensor], gradients: list[Tensor]) -> None:
-    """One step of torch.optim.SGD on all models, its operations in its order; `gradients` are overwritten."""
+def _step(recipe: Recipe, parameters: list[Tensor], start: list[Tensor], momenta: list[Tensor], gradients: list[Tensor]) -> None:
+    """One step of torch.optim.SGD on all models, its operations in its order; `gradients` are overwritten. start: where they began."""
     with torch.no_grad():
+        if recipe.proximity:
+            torch._foreach_add_(gradients, parameters, alpha=recipe.proximity)
+            torch._foreach_add_(gradients, start, alpha=-recipe.proximity)
         if recipe.weight_decay:
             torch._foreach_add_(gradients, parameters, alpha=recipe.weight_decay)
         if recipe.momentum:

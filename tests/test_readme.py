@@ -112,7 +112,7 @@ def test_the_configuration_page_has_every_key_and_its_example_loads(tmp_path):
     for key in ("seed", "dtype", "products", "modules", "exclude", "self_influence", "ensemble"):  # shown with their defaults
         assert stated[key] == RunConfig.model_fields[key].default
     assert config.cluster == ClusterConfig()
-    pages = "".join((ROOT / "docs" / name).read_text() for name in ("configuration.md", "methods.md", "bif.md"))
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("configuration.md", "methods.md", "bif.md", "multistage.md"))
     documented = set(re.findall(r"^\| `(\w+)` \|", pages, re.MULTILINE))
     options = {name for method in METHODS.values() for name in method.model_fields} - {"name"}
     settings = {f"TDA_{name.upper()}" for name in Settings.model_fields}

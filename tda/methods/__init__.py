@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from tda.errors import InputError
 from tda.methods.astra_source import AstraSource
@@ -19,6 +20,7 @@ from tda.methods.graddot import GradDot
 from tda.methods.iterative import CG, SNI, Astra
 from tda.methods.kfac import KFAC
 from tda.methods.method import Method
+from tda.methods.multistage import Multistage, Pretraining
 from tda.methods.random_scores import Random
 from tda.methods.representation import Representation
 from tda.methods.source import FastSource, Source
@@ -47,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
     "random": Random,
     "representation": Representation,
     "bif": Bif,
+    "multistage": Multistage,
 }
 
 
@@ -68,14 +71,29 @@ def parse(options: dict[str, Any]) -> Method:
     try:
         return kind(**options)
     except ValidationError as error:
-        first, *others = error.errors()
-        where = ".".join(str(part) for part in first["loc"][:1])
-        said = first["msg"].removeprefix("Value error, ")
-        if len(first["loc"]) > 1:  # one of several kinds that an option may be
-            kinds = [other["msg"].removeprefix("Input should be ") for other in others if other["loc"][:1] == first["loc"][:1]]
-            said = " or ".join(dict.fromkeys([said, *kinds]))
-        message = said if said.startswith(where) else f"{where} = {first['input']!r}: {said}"
-        raise InputError(f"{message} (method {name!r})") from error
+        raise InputError(f"{_said(*error.errors())} (method {name!r})") from error
+
+
+def _said(detail: ErrorDetails, *others: ErrorDetails) -> str:
+    """What is wrong with one option, which may stand in a [methods.pretraining] table, or in one within that.
+
+    others: of an option that may be of several kinds, each says that it is not of one of them.
+    """
+    loc = [str(part) for part in detail["loc"]]
+    depth = next((k for k, part in enumerate(loc) if part != "pretraining"), len(loc))
+    path, said = loc[: depth + 1], detail["msg"].removeprefix("Value error, ")
+    if len(loc) > len(path):
+        kinds = [other["msg"].removeprefix("Input should be ") for other in others if list(map(str, other["loc"][: depth + 1])) == path]
+        said = " or ".join(dict.fromkeys([said, *kinds]))
+    where = ".".join(path)
+    if detail["type"] == "missing":
+        return f"missing option {where!r}" + ("; it is a table: [methods.pretraining] with problem" if path == ["pretraining"] else "")
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], Pretraining.model_fields, n=1)
+        return f"unknown option {where!r}; " + (f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(Pretraining.model_fields)}")
+    if detail["type"] == "value_error" and (depth or not where or said.startswith(where)):
+        return f"{'.'.join(path[:depth])}{'.' if depth else ''}{said}"
+    return f"{where} = {detail['input']!r}: {said}" if where else said
 
 
 def parse_all(tables: Sequence[dict[str, Any]]) -> list[Method]:

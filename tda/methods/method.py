@@ -66,6 +66,11 @@ class Method(BaseModel):
         return False
 
     @property
+    def gives_own(self) -> bool:
+        """Whether it says what training examples' influences on their own losses are taken from."""
+        return type(self).own is not Method.own or type(self).owns is not Method.owns
+
+    @property
     def passes(self) -> int:
         """How many directions of each query are scored."""
         return 1

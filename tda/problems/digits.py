@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
@@ -126,6 +127,50 @@ class Digits(_Images):
     def recipe(self) -> Recipe:
         """SGD with momentum and a little weight decay."""
         return Recipe(self.epochs, 64, 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+class FewDigits(Digits):
+    """The images of a few classes: what a model that has learnt all of `Digits` is fine-tuned on, pulled to where it begins.
+
+    classes: which. proximity: of the recipe, and what `multistage` is told. width, depth: those of the model that it starts from.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[int] = (3, 8),
+        proximity: float = 0.1,
+        width: int = 32,
+        depth: int = 2,
+        epochs: int = 20,
+        queries: int = 50,
+        measurement: Measured = "loss",
+    ) -> None:
+        super().__init__(width, depth, epochs, queries, 0.0, measurement)
+        if not classes or not set(classes) <= set(range(10)):
+            raise tda.InputError(f"classes must be some of the digits 0 to 9, got {list(classes)}")
+        self.classes, self.proximity = tuple(classes), proximity
+
+    def _ids(self, split: str) -> np.ndarray:
+        """Which images of a split of `Digits` are of these classes."""
+        return np.flatnonzero(np.isin(self._split[2 if split == "train" else 3], self.classes))
+
+    def train_data(self) -> TensorDataset:
+        """Standardised images of these classes."""
+        ids = self._ids("train")
+        return self._tensors(self._split[0][ids], self._split[2][ids])
+
+    def query_data(self) -> TensorDataset:
+        """The first `queries` test images of these classes, or as many as there are."""
+        ids = self._ids("query")[: self.queries]
+        return self._tensors(self._split[1][ids], self._split[3][ids])
+
+    def describe(self, split: str, i: int) -> np.ndarray:
+        """As `Digits` does."""
+        return super().describe(split, int(self._ids(split)[i]))
+
+    def recipe(self) -> Recipe:
+        """SGD with momentum, pulled to the weights that training starts from."""
+        return Recipe(self.epochs, 64, 0.05, momentum=0.9, proximity=self.proximity)
 
 
 class DigitsCNN(_Images):

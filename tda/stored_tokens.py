@@ -1,0 +1,106 @@
+"""Scores of single tokens under the gradient methods of a run: its stored directions, met by its problem's own training gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xarray as xr
+from safetensors.torch import load
+
+from tda import checkpoint, location, schema
+from tda.attributed import Attributed
+from tda.directions import Dense, Direction, Factored, take
+from tda.errors import InputError
+from tda.methods import parse_all
+from tda.methods.sweep import expand
+from tda.modules import inspect
+from tda.problem import load_problem, problem_digest
+from tda.token_scores import token_scores
+
+if TYPE_CHECKING:
+    from tda.results import Run
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def token_influence(run: Run, query: int, train: Sequence[int], method: str | None, member: int) -> xr.DataArray:
+    """(train, train_token): as `Run.token_influence` says, of a gradient method; of the run's last one when absent.
+
+    The problem is opened here, at the weights of the run. Raises NotStored where the method has no directions of that kind, InputError
+    where the problem, its data or its weights are not what the run was made of.
+    """
+    prints = run.manifest.get("members", [run.manifest["fingerprints"]])[member]
+    title = _method(run, method, prints["directions"])
+    attributed = _opened(run, prints["checkpoint"])
+    directions = _directions(run, prints["directions"][title], query)
+    with torch.enable_grad():
+        scores = token_scores(attributed, directions, attributed.problem.train_data(), list(train), examples=run.influence.sizes["train"])
+    values: np.ndarray[Any, Any] = scores[0].float().numpy()
+    attrs: dict[str, Any] = {"units": schema.UNITS, "sign": schema.SIGN, "query": int(query), "method": title}
+    return xr.DataArray(values, dims=("train", "train_token"), coords={"train": list(train)}, attrs=attrs, name="token_influence")
+
+
+def _method(run: Run, asked: str | None, stored: dict[str, str]) -> str:
+    """The title of the method that is meant."""
+    from tda.results import NotStored
+
+    methods = {method.title: method for method in parse_all([swept.table for swept in expand(run.manifest["config"]["methods"])])}
+    able = [t for t, m in methods.items() if t in stored and m.meets == "final" and not m.cosine and m.unit != "correlation"]
+    if asked is None and able:
+        return able[-1]
+    if asked not in able:
+        known = f"it has those of {', '.join(able)}" if able else "gradient methods that score at the final weights have them"
+        raise NotStored(f"run {run.id} has no scores of single tokens under {asked!r}; {known}")
+    return str(asked)
+
+
+def _opened(run: Run, weights: str) -> Attributed:
+    """The run's problem at its weights, cut into the blocks that the run had."""
+    config = run.manifest["config"]
+    spec, options = run.manifest["problem"], config["problem_options"]
+    if problem_digest(spec, options) != run.manifest["fingerprints"]["problem"]:
+        raise InputError(
+            f"problem {spec!r} is not the one of run {run.id}: it was edited since, or tda or torch were; run its config again"
+        )
+    problem = load_problem(spec, options)
+    model = problem.model()
+    state, where = _weights(run, config.get("checkpoint"), weights)
+    problem.restore(model, state, where)
+    if config["dtype"] != "auto":
+        model = model.to(DTYPES[config["dtype"]])
+    return inspect(problem, model, problem.train_data(), modules=config["modules"], exclude=config["exclude"])
+
+
+def _weights(run: Run, given: str | None, digest: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors that the run was made at: its checkpoint's, or those of a training in its store."""
+    trained = location.join(run.store, "artifacts", "checkpoint")
+    places = [given] if given else [location.join(trained, name, "weights.safetensors") for name in location.list_names(trained)]
+    for url in places:
+        if given or location.exists(url):
+            state = checkpoint.read(url)
+            if checkpoint.digest(state) == digest:
+                return state, url
+    raise InputError(f"the weights of run {run.id} are gone from {given or trained}; run its config again")
+
+
+def _directions(run: Run, mark: str, query: int) -> list[Direction]:
+    """The directions of one query, by block."""
+    url = location.join(run.store, "artifacts", "directions", mark)
+    start = 0
+    for name in location.list_names(url):
+        if name.startswith("queries-") and name.endswith(".safetensors"):
+            tensors = load(location.read_bytes(location.join(url, name)))
+            place, start = query - start, start + len(tensors["measurement"])
+            if query < start:
+                count = 1 + max(int(key.split("/")[1]) for key in tensors if key.startswith("0/"))
+                return [take(_direction(tensors, f"0/{b}/"), slice(place, place + 1)) for b in range(count)]
+    raise InputError(f"the directions of run {run.id} are gone from {url}; run its config again to make them")
+
+
+def _direction(tensors: dict[str, torch.Tensor], key: str) -> Direction:
+    if key + "matrix" in tensors:
+        return Dense(tensors[key + "matrix"])
+    return Factored(tensors[key + "left"], tensors[key + "right"])

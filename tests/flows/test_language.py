@@ -1,0 +1,142 @@
+"""A configuration that names a language model: its paths, its checkpoint as a folder, and what makes a result another one."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import tda
+from flows.attribute import request_of
+from flows.cli import status
+from flows.config import load_config
+from tasks.prepare import examine
+from tasks.subject import forget, open_subject
+from tda import InputError
+from tda.data import load_batch
+from tda.problem import load_problem, problem_digest
+from tda.results import NotStored
+from tests.tda import language_models as tiny
+
+CONFIG = """
+problem = "tda.problems.language:CausalLM"
+checkpoint = "weights"
+dtype = "float64"
+modules = ["mlp"]
+[problem_options]
+checkpoint = "model"
+train = "train.jsonl"
+query = "query.jsonl"
+[[methods]]
+name = "graddot"
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A configuration in a folder that is not the current one; the weights lie in shards beside it."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    tiny.save(folder / "model", "GPT-2")
+    tiny.save(folder / "weights", "GPT-2", max_shard_size="1KB", tokenizer=False)
+    tiny.lines(folder / "train.jsonl", tiny.TEXTS)
+    tiny.lines(folder / "query.jsonl", tiny.TEXTS[:2])
+    (folder / "run.toml").write_text(CONFIG)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    yield folder / "run.toml"
+    forget()
+
+
+def test_paths_are_taken_from_the_configurations_folder_and_weights_from_a_folder_of_shards(config):
+    request = request_of(load_config(config))
+    inputs = examine(request)
+    assert (inputs.examples, inputs.queries) == (len(tiny.TEXTS), 2)
+    attributed = open_subject(request.subject).attributed
+    assert {name for block in attributed.blocks for name in block.parameters} == {
+        f"transformer.h.0.mlp.{layer}.{last}" for layer in ("c_fc", "c_proj") for last in ("weight", "bias")
+    }
+    truth = tiny.drawn(tiny.CAUSAL["GPT-2"], tiny.CONFIGS["GPT-2"]).state_dict()
+    assert all(torch.equal(tensor, truth[key].double()) for key, tensor in attributed.model.state_dict().items())
+
+
+def test_without_weights_and_without_epochs_there_is_nothing_to_attribute(config):
+    request = request_of(load_config(config, ["checkpoint=weights"]))
+    examine(request)
+    config.write_text(CONFIG.replace('checkpoint = "weights"', ""))
+    with pytest.raises(InputError, match="has no fit method and the config no checkpoint"):
+        examine(request_of(load_config(config)))
+    examine(request_of(load_config(config, ["problem_options.epochs=1"])))
+
+
+def test_an_edited_config_or_tokenizer_is_another_problem_and_so_are_weights_only_where_they_are_trained_on(config):
+    parsed = load_config(config)
+
+    def digests():
+        return [problem_digest(parsed.problem, parsed.problem_options | {"epochs": epochs}) for epochs in (0, 1)]
+
+    first = digests()
+    assert digests() == first
+    weights = config.parent / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    second = digests()
+    assert second[0] == first[0]
+    assert second[1] != first[1]
+    settings = config.parent / "model" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"n_head": 4}))
+    third = digests()
+    assert not set(third) & {*first, *second}
+
+
+def test_bad_data_end_the_examination_in_one_line(config):
+    tiny.lines(config.parent / "train.jsonl", [*tiny.TEXTS, {"input_ids": [3, 99]}])
+    with pytest.raises(InputError, match=r"train example 5 \(train\.jsonl, line 6\) has the token 99") as error:
+        examine(request_of(load_config(config)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_notes_what_is_silent_and_tells_what_each_token_adds_to_a_score(config):
+    tiny.lines(config.parent / "train.jsonl", [*tiny.TEXTS, {"prompt": "the cat", "completion": ""}])
+    more = (
+        '[cluster]\nworkers = 1\n[[methods]]\nname = "ekfac"\nfisher = "empirical"\ndamping = [1e-3, 1e-2]\n',
+        'modules = ["mlp", "attention", "*.ln_2"]',
+    )
+    config.write_text(CONFIG.replace('modules = ["mlp"]', more[1]) + more[0])
+    assert status(["run", str(config), "--store", f"file:{config.parent / 'store'}"]) == 0
+    run = tda.open_run(config.parent / "store")
+    assert "1 training examples have no labelled token, so their scores are 0: 5" in run.manifest["notes"]
+    assert (run.influence[:, :, 5] == 0).all()
+    for method in run.methods:
+        found = run.token_influence(1, [0, 4, 2], method)
+        assert found.dims == ("train", "train_token")
+        wanted = run.influence.sel(method=method)[1, [0, 4, 2]]
+        torch.testing.assert_close(torch.tensor(found.sum("train_token").values), torch.tensor(wanted.values), rtol=1e-5, atol=1e-7)
+    assert (found[2, 2:] == 0).all()
+    with pytest.raises(InputError, match="no train example 6"):
+        run.token_influence(0, [6])
+    with pytest.raises(NotStored, match="no scores of single tokens under 'bif'; it has those of graddot, ekfac"):
+        run.token_influence(0, [0], "bif")
+    with pytest.raises(InputError, match="by_query_token"):
+        run.token_influence(0, [0], by_query_token=True)
+    shutil.rmtree(config.parent / "weights")
+    tiny.save(config.parent / "weights", "GPT-NeoX", tokenizer=False)
+    with pytest.raises(InputError, match=r"the weights of run .* are gone"):
+        run.token_influence(0, [0])
+
+
+def test_the_examples_data_are_what_its_generator_writes_and_its_model_learns_them(tmp_path):
+    examples = Path(__file__).parents[2] / "docs" / "examples"
+    runpy.run_path(str(examples / "language" / "make.py"))["main"](tmp_path)
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(written) == 5
+    assert all(file.read_bytes() == (examples / "language" / file.relative_to(tmp_path)).read_bytes() for file in written)
+    parsed = load_config(examples / "language.toml")
+    problem = load_problem(parsed.problem, parsed.problem_options)
+    torch.manual_seed(0)
+    model = problem.model()
+    problem.fit(model, problem.train_data(), seed=0, on_checkpoint=lambda **_: None)
+    batch = load_batch(problem, problem.query_data(), range(len(problem.query_data())), dtype=torch.float32)
+    asked = batch.targets != -100
+    assert (problem.predict(model.eval(), batch).argmax(-1) == batch.targets)[asked].float().mean() > 0.9

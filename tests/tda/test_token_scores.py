@@ -1,0 +1,59 @@
+"""Scores of single tokens add up to the sequence's, whatever the layers, the method and the padding."""
+
+import pytest
+import torch
+
+from tda import InputError
+from tda.directions import Dense, Factored, dense, query_gradients
+from tda.modules import inspect
+from tda.token_scores import token_scores
+from tests.tda import language_models as tiny
+from tests.tda.layers import LAYERS
+from tests.tda.pipeline import attribute
+from tests.tda.reference import problem_of
+
+METHODS = [{"name": "graddot"}, {"name": "ekfac", "fisher": "empirical", "damping": 1e-3}]
+
+
+def agree(problem, attributed, ids):
+    data = problem.train_data()
+    outcome = attribute(problem, METHODS, attributed=attributed)
+    for directions, scores in zip(outcome.directions, outcome.influence, strict=True):
+        found = token_scores(attributed, [Dense(d) for d in directions], data, ids, examples=len(data))
+        assert found.shape == (len(scores), len(ids), max(len(data[i][1]) for i in ids))
+        assert float(found.abs().max()) > 0
+        torch.testing.assert_close(found.sum(2), scores[:, ids], rtol=1e-10, atol=1e-10 * float(scores.abs().max()))
+    return found
+
+
+@pytest.mark.parametrize("name", tiny.CAUSAL)
+def test_the_parts_of_tokens_sum_to_the_sequences_score_and_padding_has_none(tmp_path, name):
+    problem = tiny.causal(tmp_path, name=name)
+    model = tiny.drawn(tiny.CAUSAL[name], problem.model().config).double()
+    found = agree(problem, inspect(problem, model, problem.train_data()), [4, 0, 3])
+    assert (found[:, 0, 3:] == 0).all()
+    assert (found[:, 0, :2] != 0).all()
+
+
+@pytest.mark.parametrize("name", ["Embedding tied to Linear", "GPT-2", "GPT-NeoX"])
+def test_they_do_for_tied_embeddings_and_learned_positions(name):
+    layer = LAYERS[name]
+    problem = problem_of(layer, layer.build())
+    agree(problem, inspect(problem, problem.model(), problem.train_data()), [0, 5, 7])
+
+
+def test_directions_of_low_rank_give_what_their_matrices_give(tmp_path):
+    problem = tiny.causal(tmp_path)
+    attributed = inspect(problem, tiny.drawn(tiny.CAUSAL["GPT-2"], problem.model().config).double(), problem.train_data(), modules=["mlp"])
+    found, _ = query_gradients(attributed, problem.query_data(), [0, 1], batch_size=1)
+    assert any(isinstance(direction, Factored) for direction in found)
+    data = problem.train_data()
+    low, whole = (token_scores(attributed, each, data, [0, 1], examples=5) for each in (found, [Dense(dense(d)) for d in found]))
+    torch.testing.assert_close(low, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_labels_that_are_no_tokens_are_refused(tmp_path):
+    problem = tiny.classifier(tmp_path)
+    attributed = inspect(problem, problem.model(), problem.train_data())
+    with pytest.raises(InputError, match=r"labels \(batch, tokens\)"):
+        token_scores(attributed, [], problem.train_data(), [0], examples=5)
