@@ -48,7 +48,8 @@ def main():
     many = "single_lds" in data.metric.values
     lds = ["lds", "of_ceiling", *(["single_lds"] if many else [])]
     others = [m for m in data.metric.values if m not in ("lds", "of_ceiling", "single_lds", "tuning_lds", "behind")]
-    metrics = others if given.checks else lds
+    told = np.isfinite(data.league.sel(statistic="estimate")).any(["method", "alpha"]).to_series()
+    metrics = [metric for metric in (others if given.checks else lds) if told[metric]]
     for alpha in data.alpha.values[: 1 if given.checks else None]:
         if not given.checks:
             print(f"\nalpha = {alpha:g}, noise ceiling {float(data.mean_ceiling.sel(alpha=alpha)[0]):.3f}\n")
