@@ -6,13 +6,14 @@ Exit status: 0 done; 2 the user's input is wrong, told in one line; 1 a run fail
 import atexit
 import gc
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
+
+from flows.arguments import DEFAULT_STORE, Config, OtherStore, Overrides, RunId, Store, readable, same
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from tda.results import Run
 
 app = typer.Typer(help="Which training examples made the model do that?", add_completion=False, pretty_exceptions_enable=False)
-
-Store = Annotated[str, typer.Option(envvar="TDA_STORE", help="Where runs are stored: a folder or s3://bucket/prefix.", metavar="URL")]
-RunId = Annotated[str, typer.Argument(help='A run id, a beginning of one that is unique, or "latest".', metavar="RUN")]
-DEFAULT_STORE = "file:./store"
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 SHOWN_QUERIES, SHOWN_EXAMPLES = 3, 3
@@ -79,9 +76,9 @@ def _fail(code: int, message: str) -> int:
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="The run's TOML file.", metavar="CONFIG")],
-    store: Annotated[str | None, typer.Option(help="Store results here instead.", metavar="URL")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file.", metavar="KEY=VALUE")] = None,
+    config: Config,
+    store: OtherStore = None,
+    overrides: Overrides = None,
 ) -> None:
     """Fit, score, publish; resumes what an earlier try left."""
     from flows.config import load_config
@@ -93,14 +90,14 @@ def run(
     quiet_prefect()
     from flows.attribute import attribute_run
 
-    _print_summary(attribute_run(parsed, _same("run", config, store, overrides)))
+    _print_summary(attribute_run(parsed, same("run", config, store, overrides)))
 
 
 @app.command()
 def evaluate(
-    config: Annotated[str, typer.Argument(help="The run's TOML file; [evaluation] says how to evaluate.", metavar="CONFIG")],
-    store: Annotated[str | None, typer.Option(help="Store results here instead.", metavar="URL")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file.", metavar="KEY=VALUE")] = None,
+    config: Annotated[str, typer.Argument(help="The run's TOML file; its evaluation table says how to evaluate.", metavar="CONFIG")],
+    store: OtherStore = None,
+    overrides: Overrides = None,
 ) -> None:
     """Retrain on subsets and compare every method's predictions with it: one league table; resumes what an earlier try left."""
     from flows.config import load_config
@@ -114,21 +111,21 @@ def evaluate(
     from flows.league import print_league
     from tda.results import open_run
 
-    done = evaluate_run(parsed, _same("evaluate", config, store, overrides))
+    done = evaluate_run(parsed, same("evaluate", config, store, overrides))
     print_league(open_run(done.store, done.run_id).evaluation)
     typer.echo(f"run      {done.run_id}")
     typer.echo(f"reused   {', '.join(done.reused) or 'nothing: all was computed'}")
-    typer.echo(f"table    {_readable(done.url)}/league.csv")
-    typer.echo(f"page     {_readable(done.url)}/report.html")
-    typer.echo(f'open     import tda; run = tda.open_run("{_readable(done.store)}", "{done.run_id}"); run.evaluation')
+    typer.echo(f"table    {readable(done.url)}/league.csv")
+    typer.echo(f"page     {readable(done.url)}/report.html")
+    typer.echo(f'open     import tda; run = tda.open_run("{readable(done.store)}", "{done.run_id}"); run.evaluation')
 
 
 @app.command()
 def sample(
-    config: Annotated[str, typer.Argument(help="The run's TOML file.", metavar="CONFIG")],
+    config: Config,
     tune: Annotated[bool, typer.Option("--tune", help="Choose step size, localization and lengths, say why, and sample nothing.")] = False,
-    store: Annotated[str | None, typer.Option(help="Store results here instead.", metavar="URL")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file.", metavar="KEY=VALUE")] = None,
+    store: OtherStore = None,
+    overrides: Overrides = None,
 ) -> None:
     """Run the SGLD chains of a configuration alone, and judge them; `tda run` then reuses them."""
     from flows.config import load_config
@@ -141,7 +138,7 @@ def sample(
     from flows.chains import print_sampled, print_tuned
     from flows.sample import sample_run
 
-    command = _same("sample", config, store, overrides)
+    command = same("sample", config, store, overrides)
     found = sample_run(parsed, f"{command} --tune" if tune else command, tune=tune)
     if tune:
         print_tuned(found)
@@ -152,8 +149,8 @@ def sample(
 @app.command()
 def decompose(
     config: Annotated[str, typer.Argument(help="The study's TOML file.", metavar="CONFIG")],
-    store: Annotated[str | None, typer.Option(help="Store results here instead.", metavar="URL")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file.", metavar="KEY=VALUE")] = None,
+    store: OtherStore = None,
+    overrides: Overrides = None,
 ) -> None:
     """Study the curvature ladder, from the Hessian to K-FAC: what each step costs; resumes what an earlier try left."""
     from flows.study import load_study
@@ -165,13 +162,13 @@ def decompose(
     quiet_prefect()
     from flows.decompose import decompose_study
 
-    done = decompose_study(parsed, _same("decompose", config, store, overrides))
+    done = decompose_study(parsed, same("decompose", config, store, overrides))
     typer.echo(f"study    {done.study_id}")
     typer.echo(f"points   {done.points} measured ({done.reused} of them reused), {len(done.refused)} left out")
     for line in done.refused:
         typer.echo(f"         {line}")
-    typer.echo(f"report   {_readable(done.report_url)}")
-    typer.echo(f'open     import tda; study = tda.open_study("{_readable(done.store)}", "{done.study_id}")')
+    typer.echo(f"report   {readable(done.report_url)}")
+    typer.echo(f'open     import tda; study = tda.open_study("{readable(done.store)}", "{done.study_id}")')
 
 
 @app.command()
@@ -235,7 +232,7 @@ def report(
             Path(output).write_bytes(read_bytes(url))
         except OSError as error:
             raise InputError(f"--output {output}: {error.strerror}; choose a file that can be written") from error
-    typer.echo(output or _readable(url))
+    typer.echo(output or readable(url))
 
 
 @app.command()
@@ -244,12 +241,6 @@ def doctor(store: Store = DEFAULT_STORE) -> int:
     from flows.doctor import examine, print_findings
 
     return 0 if print_findings(examine(store)) else FAILED
-
-
-def _same(command: str, config: str, store: str | None, overrides: list[str] | None) -> str:
-    """The command line that does the same again."""
-    words = ["tda", command, config, *(["--store", store] if store else [])]
-    return shlex.join([*words, *(word for each in overrides or [] for word in ("--set", each))])
 
 
 def _print_summary(summary: "RunSummary") -> None:
@@ -261,8 +252,8 @@ def _print_summary(summary: "RunSummary") -> None:
     typer.echo(f"reused   {', '.join(summary.reused) or 'nothing: all was computed'}")
     for title, told in opened.manifest.get("sampling", {}).items():
         typer.echo(f"chains   {title}: {_verdict(told)}")
-    typer.echo(f"report   {_readable(summary.report_url)}")
-    typer.echo(f'open     import tda; run = tda.open_run("{_readable(summary.store)}", "{summary.run_id}")')
+    typer.echo(f"report   {readable(summary.report_url)}")
+    typer.echo(f'open     import tda; run = tda.open_run("{readable(summary.store)}", "{summary.run_id}")')
 
 
 def _verdict(told: "Mapping[str, Any]") -> str:
@@ -292,8 +283,3 @@ def _print_examples(opened: "Run") -> None:
 def _example(row: "Mapping[Hashable, Any]") -> str:
     label = f" ({row['label']})" if "label" in row else ""
     return f"{row['train']}{label} {row['score']:+.3g}"
-
-
-def _readable(url: str) -> str:
-    """A path where there is one: it can be clicked or pasted."""
-    return url.removeprefix("file://")
