@@ -19,7 +19,6 @@ from infra import storage
 from tasks import layout
 from tasks.decompose import TOPS, PointJob
 from tasks.dense import load_spectra
-from tasks.factors import load_factors
 from tasks.subject import Opened, open_subject
 from tasks.tensors import write_tensors
 from tda import location
@@ -28,6 +27,7 @@ from tda.decomposition import REFERENCES, RUNGS, Rung, alike, compare, from_fact
 from tda.decomposition_layers import layer_errors, layer_masses, off_block_mass
 from tda.decomposition_scores import flat_gradients, ladder_scores
 from tda.evaluation.lds import spearman
+from tda.stored_factors import load_factors
 
 #: Shares of the ranks at which a spectrum is kept: even on a logarithmic axis at the large end, on a linear one at the small end.
 QUANTILES = np.unique(np.concatenate([np.geomspace(1e-3, 1, 40), np.linspace(0.025, 1, 40)]).round(6))

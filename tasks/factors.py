@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NoReturn
 
@@ -38,6 +37,7 @@ from tda.curvature.fisher import Fisher
 from tda.data import batches
 from tda.directions import check_finite
 from tda.products import Products
+from tda.stored_factors import load_factors
 
 #: Nodes that one reduction task sums; sums are in float64 and in the order of the parts.
 FANOUT = 8
@@ -244,21 +244,6 @@ def _layer(group: zarr.Group, layer: int) -> Any:
 def _write(group: Any, name: str, value: Tensor) -> None:
     array = group[name]
     array[...] = value.to(getattr(torch, str(array.dtype))).numpy()
-
-
-def load_factors(url: str, blocks: Sequence[Block], *, eigenvalues: bool = True) -> list[Factor]:
-    """The factors of a fit, one per block; without `eigenvalues` while the fit is still under way."""
-    group = location.open_group(location.join(url, "factors.zarr"), "r")
-
-    def read(b: int, name: str) -> Tensor:
-        return torch.from_numpy(np.asarray(group[f"layers/{b}/{name}"][...]))  # type: ignore[index]
-
-    found = []
-    for b, block in enumerate(blocks):
-        bases = [read(b, name) if name in _shapes(block) else None for name in ("basis_out", "basis_in")]
-        factor = Factor(bases[0], bases[1], read(b, "kfac_out"), read(b, "kfac_in"))
-        found.append(replace(factor, eigenvalues=read(b, "eigenvalues")) if eigenvalues else factor)
-    return found
 
 
 @lru_cache(maxsize=4)

@@ -17,6 +17,7 @@ from tasks.directions import load_fit, told
 from tasks.factors import FactorJob
 from tasks.plan import Member, Plan, described, stated
 from tasks.report import write_report
+from tasks.report_parts import parting
 from tasks.subject import open_subject
 from tda import location, results
 from tda.attributed import Attributed
@@ -134,7 +135,7 @@ def write_page(plan: Plan, run_url: str, manifest: dict[str, Any]) -> None:
     """Write the report of a run whose arrays are all there."""
     run = results.Run(run_url, {**manifest, "complete": True})
     stages = {stage.name: load_problem(stage.member.subject.problem, json.loads(stage.member.subject.options)) for stage in plan.stages}
-    page = write_report(run, open_subject(plan.first.subject).attributed.problem, stages=stages)
+    page = write_report(run, open_subject(plan.first.subject).attributed.problem, stages=stages, parting=parting(plan))
     storage.write_bytes(location.join(run_url, "report.html"), page)
 
 

@@ -19,9 +19,10 @@ from markupsafe import Markup
 
 from tasks.report_charts import histogram
 from tasks.report_content import Describes, Split, described
-from tasks.report_sampling import Speaks, heat_map, sampled
+from tasks.report_sampling import sampled
 from tasks.report_stages import Stages
 from tasks.report_text import date, number, percent, seconds
+from tasks.report_tokens import HeatMap, Parting, Speaks, heat_map
 from tda.results import NotStored, ranking
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         """The part of a problem that the page needs."""
 
     _Examples = Callable[[int], dict[str, Any]]
+    _Heat = Callable[[int, int, list[int]], HeatMap | None]
     _Array = np.ndarray[Any, Any]
 
 OUTLIERS = 12
@@ -40,7 +42,15 @@ HEATED = 2  # examples at each end of a query's ranking whose tokens are shown
 MOST_SCORES = 4_000_000  # per method, in the histogram: 16 MB; of larger runs, some queries are drawn
 
 
-def write_report(run: Run, problem: Shows, *, queries: int = 6, k: int = 5, stages: Mapping[str, Describes] | None = None) -> bytes:
+def write_report(
+    run: Run,
+    problem: Shows,
+    *,
+    queries: int = 6,
+    k: int = 5,
+    stages: Mapping[str, Describes] | None = None,
+    parting: Parting | None = None,
+) -> bytes:
     """The report of a run as one self-contained HTML page, UTF-8.
 
     Args:
@@ -49,15 +59,17 @@ def write_report(run: Run, problem: Shows, *, queries: int = 6, k: int = 5, stag
         queries: how many are shown: those whose measurement is worst.
         k: how many helpful, and how many harmful examples are shown for each.
         stages: what describes the examples of earlier stages, by name.
+        parting: what single tokens add to scores of gradient methods, where that is known.
     """
     asked, train = _examples(run, problem, "query"), _examples(run, problem, "train")
     earlier = Stages(run, stages or {})
+    heat = partial(heat_map, run, problem, parting=parting)
     page = {
         "run": run,
         "manifest": run.manifest,
         "created": date(run.manifest.get("created", "")),
         "measurement": run.manifest.get("measurement", {}).get("name", "measurement"),
-        "queries": [_query(run, problem, asked(place), train, earlier, place, k) for place in _worst_queries(run, queries)],
+        "queries": [_query(run, heat, asked(place), train, earlier, place, k) for place in _worst_queries(run, queries)],
         "stages": earlier.facts,
         "methods": [_method(run, train, place) for place in range(len(run.methods))],
         "timings": _timings(run.manifest.get("timings", {})),
@@ -111,14 +123,16 @@ def _worst_queries(run: Run, count: int) -> list[int]:
     return [int(place) for place in np.argsort(values if run.better == "higher" else -values, kind="stable")[:count]]
 
 
-def _query(run: Run, problem: Shows, query: dict[str, Any], train: _Examples, earlier: Stages, place: int, k: int) -> dict[str, Any]:
+def _query(
+    run: Run, heat: Callable[..., HeatMap | None], query: dict[str, Any], train: _Examples, earlier: Stages, place: int, k: int
+) -> dict[str, Any]:
     """One query with its most helpful and most harmful examples by every method; reads one row of the scores per method."""
     methods: list[dict[str, Any]] = []
     for m, row in enumerate(run.influence[:, place].to_numpy()):
         found: dict[str, Any] = {kind: _ranked(run, query, train, row, kind, k) for kind in ("helpful", "harmful")}
         shown = [example["id"] for kind in ("helpful", "harmful") for example in found[kind][:HEATED]]
         stages = earlier.of(run.methods[m], place, lambda shows, scores, kind: _ranked(run, query, shows, scores, kind, k))
-        methods.append(found | {"heat": heat_map(run, problem, m, query["id"], shown), "stages": stages})
+        methods.append(found | {"heat": heat(m, query["id"], shown), "stages": stages})
     return query | {"methods": methods}
 
 

@@ -58,6 +58,11 @@ def dense(direction: Direction) -> Tensor:
     return direction.left.permute(0, 2, 3, 1) @ direction.right.transpose(1, 2)
 
 
+def count(direction: Direction) -> int:
+    """The number of queries."""
+    return len(direction.matrix) if isinstance(direction, Dense) else len(direction.left)
+
+
 def take(direction: Direction, queries: slice) -> Direction:
     """The directions of some queries."""
     if isinstance(direction, Dense):
@@ -181,5 +186,5 @@ def join(parts: Sequence[Direction]) -> Direction:
 
 def squared_norms(direction: Direction) -> Tensor:
     """||V_q||^2, (query,), in float64: squares of small gradients would underflow in float32."""
-    count = len(direction.matrix) if isinstance(direction, Dense) else len(direction.left)
-    return torch.stack([dense(take(direction, slice(q, q + 1))).double().square().sum() for q in range(count)])
+    each = (take(direction, slice(q, q + 1)) for q in range(count(direction)))
+    return torch.stack([dense(one).double().square().sum() for one in each])

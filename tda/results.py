@@ -224,10 +224,10 @@ class Run:
         """The influence of single tokens of training examples on a query, (train, train_token), computed now; sums are the sequence's.
 
         Under bif by the tokens whose loss it is, 0 where there is no label; under gradient methods by the tokens as inputs, from the
-        problem itself. by_query_token: bif's on the loss of each of the query's tokens, (train, train_token, query_token).
+        problem itself. by_query_token: also by the query's tokens, taken alike, (train, train_token, query_token).
 
         Raises:
-            NotStored: no losses of single tokens are stored, and the method has no directions.
+            NotStored: no losses of single tokens are stored, and the method has no directions; by_query_token, and it has no factors.
             InputError: no such query or training example.
         """
         from tda.sampled import token_influence

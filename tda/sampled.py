@@ -67,11 +67,9 @@ def token_influence(run: Run, query: int, train: Sequence[int], method: str | No
         if bad := [i for i in ids if not 0 <= i < known]:
             raise InputError(f"run {run.id} has no {name} example {bad[0]}; it has {known}, counted from 0")
     if not _samples(run, method):
-        if by_query_token:
-            raise InputError("by_query_token is known of methods that sample alone (bif); leave it out")
         from tda import stored_tokens
 
-        return stored_tokens.token_influence(run, query, train, method, member)
+        return stored_tokens.token_influence(run, query, train, method, member, by_query_token=by_query_token)
     found = stored(run, method, member)
     if not found.told["tokens"]:
         raise NotStored(f"run {run.id} has no losses of single tokens; tokens = true in the method's table stores them")

@@ -9,16 +9,20 @@ import numpy as np
 import torch
 import xarray as xr
 from safetensors.torch import load
+from torch import Tensor
 
 from tda import checkpoint, location, schema
 from tda.attributed import Attributed
-from tda.directions import Dense, Direction, Factored, take
+from tda.directions import Dense, Direction, Factored, count, take
 from tda.errors import InputError
-from tda.methods import parse_all
+from tda.methods import Method, parse_all
+from tda.methods.ekfac import EKFAC
 from tda.methods.sweep import expand
+from tda.methods.work import Work
 from tda.modules import inspect
 from tda.problem import load_problem, problem_digest
-from tda.token_scores import token_scores
+from tda.stored_factors import load_factors
+from tda.token_scores import position_gradients, token_scores
 
 if TYPE_CHECKING:
     from tda.results import Run
@@ -26,8 +30,19 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-def token_influence(run: Run, query: int, train: Sequence[int], method: str | None, member: int) -> xr.DataArray:
+#: Methods whose directions are a fixed linear map of gradients, given by factors.
+FACTORED = ("graddot", "kfac", "ekfac")
+#: What the directions of the query's positions may take at once.
+MEMORY = 1 << 28
+
+
+def token_influence(
+    run: Run, query: int, train: Sequence[int], method: str | None, member: int, *, by_query_token: bool = False
+) -> xr.DataArray:
     """(train, train_token): as `Run.token_influence` says, of a gradient method; of the run's last one when absent.
+
+    by_query_token: (train, train_token, query_token), from the method's factors, exactly: without the approximation of `separable` and
+    without the rounding of stored directions.
 
     The problem is opened here, at the weights of the run. Raises NotStored where the method has no directions of that kind, InputError
     where the problem, its data or its weights are not what the run was made of.
@@ -35,20 +50,70 @@ def token_influence(run: Run, query: int, train: Sequence[int], method: str | No
     prints = run.manifest.get("members", [run.manifest["fingerprints"]])[member]
     title = _method(run, method, prints["directions"])
     attributed = _opened(run, prints["checkpoint"])
-    directions = _directions(run, prints["directions"][title], query)
-    with torch.enable_grad():
-        scores = token_scores(attributed, directions, attributed.problem.train_data(), list(train), examples=run.influence.sizes["train"])
-    values: np.ndarray[Any, Any] = scores[0].float().numpy()
+    examples = run.influence.sizes["train"]
+    if by_query_token:
+        work = Work(attributed, None, _curvature(run, attributed, _methods(run)[title], prints), seed=0, batch_size=1)
+        scores = joint_scores(work, _methods(run)[title], query, train, examples=examples)
+        dims: tuple[str, ...] = ("train", "train_token", "query_token")
+    else:
+        directions = _directions(run, prints["directions"][title], query)
+        with torch.enable_grad():
+            scores = token_scores(attributed, directions, attributed.problem.train_data(), list(train), examples=examples)[0]
+        dims = ("train", "train_token")
+    values: np.ndarray[Any, Any] = scores.float().numpy()
     attrs: dict[str, Any] = {"units": schema.UNITS, "sign": schema.SIGN, "query": int(query), "method": title}
-    return xr.DataArray(values, dims=("train", "train_token"), coords={"train": list(train)}, attrs=attrs, name="token_influence")
+    return xr.DataArray(values, dims=dims, coords={"train": list(train)}, attrs=attrs, name="token_influence")
+
+
+def joint_scores(work: Work, method: Method, query: int, train: Sequence[int], *, examples: int) -> Tensor:
+    """What each position of a query and each of training examples add to the scores: (train, train_token, query_token).
+
+    Directions are made of the gradients of the query's positions, as if each were a query. Raises NotStored where the method's directions
+    are not a fixed linear map of gradients, given by factors.
+    """
+    from tda.results import NotStored
+
+    if method.name not in FACTORED:
+        raise NotStored(f"the parts of a query's tokens are known under {', '.join(FACTORED)} and bif, not under {method.title!r}")
+    if isinstance(method, EKFAC):
+        method = method.model_copy(update={"separable": 0.0})
+    attributed = work.attributed
+    problem = attributed.problem
+    with torch.enable_grad():
+        gradients = position_gradients(attributed, problem.query_data(), query)
+        size = sum(block.size for block in attributed.blocks) * attributed.dtype.itemsize * (method.vectors + 1)
+        tokens, step = count(gradients[0]), max(1, MEMORY // size)
+        parts = []
+        for start in range(0, tokens, step):
+            some = [take(gradient, slice(start, start + step)) for gradient in gradients]
+            made = method.directions(work, some).passes[0]
+            parts.append(token_scores(attributed, made, problem.train_data(), list(train), examples=examples))
+    return torch.cat(parts).movedim(0, -1)
+
+
+def _curvature(run: Run, attributed: Attributed, method: Method, prints: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The factors of a method, from the artifacts that the run names; none where they are not of that kind."""
+    marks = prints.get("fits", {}).get(method.title, {})
+    found = []
+    for fit in method.fits:
+        if fit.kind == "kronecker":
+            url = location.join(run.store, "artifacts", "factors", marks[fit.key])
+            try:
+                found.append(tuple(load_factors(url, attributed.blocks)))
+            except FileNotFoundError as error:
+                raise InputError(f"the factors of run {run.id} are gone from {url}; run its config again to fit them") from error
+    return found
+
+
+def _methods(run: Run) -> dict[str, Method]:
+    return {method.title: method for method in parse_all([swept.table for swept in expand(run.manifest["config"]["methods"])])}
 
 
 def _method(run: Run, asked: str | None, stored: dict[str, str]) -> str:
     """The title of the method that is meant."""
     from tda.results import NotStored
 
-    methods = {method.title: method for method in parse_all([swept.table for swept in expand(run.manifest["config"]["methods"])])}
-    able = [t for t, m in methods.items() if t in stored and m.meets == "final" and not m.cosine and m.unit != "correlation"]
+    able = [t for t, m in _methods(run).items() if t in stored and m.meets == "final" and not m.cosine and m.unit != "correlation"]
     if asked is None and able:
         return able[-1]
     if asked not in able:

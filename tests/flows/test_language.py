@@ -114,12 +114,16 @@ def test_a_run_notes_what_is_silent_and_tells_what_each_token_adds_to_a_score(co
         wanted = run.influence.sel(method=method)[1, [0, 4, 2]]
         torch.testing.assert_close(torch.tensor(found.sum("train_token").values), torch.tensor(wanted.values), rtol=1e-5, atol=1e-7)
     assert (found[2, 2:] == 0).all()
+    both = run.token_influence(1, [0, 4, 2], method, by_query_token=True)
+    assert both.dims == ("train", "train_token", "query_token")
+    torch.testing.assert_close(torch.tensor(both.sum("query_token").values), torch.tensor(found.values), rtol=1e-5, atol=1e-7)
+    page = (Path(run.url.removeprefix("file://")) / "report.html").read_text()
+    assert page.count('<p class="tokens">') == 2 * 4 * len(run.methods)
+    assert page.count('<p class="tokens of-query">') == 2 * 4 * len(run.methods)
     with pytest.raises(InputError, match="no train example 6"):
         run.token_influence(0, [6])
     with pytest.raises(NotStored, match="no scores of single tokens under 'bif'; it has those of graddot, ekfac"):
         run.token_influence(0, [0], "bif")
-    with pytest.raises(InputError, match="by_query_token"):
-        run.token_influence(0, [0], by_query_token=True)
     shutil.rmtree(config.parent / "weights")
     tiny.save(config.parent / "weights", "GPT-NeoX", tokenizer=False)
     with pytest.raises(InputError, match=r"the weights of run .* are gone"):

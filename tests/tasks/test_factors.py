@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from tasks import factors
-from tasks.factors import FactorJob, load_factors
+from tasks.factors import FactorJob
 from tasks.subject import Subject, open_subject
 from tda import checkpoint
 from tda.curvature.covariances import covariance_sums
 from tda.curvature.eigen import Factor, eigenvalue_sums
 from tda.problem import load_problem
+from tda.stored_factors import load_factors
 from tests.flows.runs import objects, write_config
 from tests.tasks.jobs import fit
 

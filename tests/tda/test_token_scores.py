@@ -5,7 +5,11 @@ import torch
 
 from tda import InputError
 from tda.directions import Dense, Factored, dense, query_gradients
+from tda.methods import parse
+from tda.methods.work import Work
 from tda.modules import inspect
+from tda.results import NotStored
+from tda.stored_tokens import joint_scores
 from tda.token_scores import token_scores
 from tests.tda import language_models as tiny
 from tests.tda.layers import LAYERS
@@ -57,3 +61,29 @@ def test_labels_that_are_no_tokens_are_refused(tmp_path):
     attributed = inspect(problem, problem.model(), problem.train_data())
     with pytest.raises(InputError, match=r"labels \(batch, tokens\)"):
         token_scores(attributed, [], problem.train_data(), [0], examples=5)
+
+
+@pytest.mark.parametrize("method", [*METHODS, {"name": "kfac", "fisher": "empirical", "damping": 1e-3}])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_parts_by_both_sides_tokens_sum_to_both_and_swap_with_the_roles(tmp_path, name, method):
+    problem = tiny.causal(tmp_path, name=name)
+    attributed = inspect(problem, tiny.drawn(tiny.CAUSAL[name], problem.model().config).double(), problem.train_data())
+    data, parsed = problem.train_data(), parse(method)
+    outcome = attribute(problem, [method], attributed=attributed)
+    work = Work(attributed, data, [outcome.factors[fit.of] for fit in parsed.fits], seed=0, batch_size=2)
+    both = joint_scores(work, parsed, 1, [4, 0, 3], examples=len(data))
+    of_train = token_scores(attributed, [Dense(d) for d in outcome.directions[0]], data, [4, 0, 3], examples=len(data))[1]
+    torch.testing.assert_close(both.sum(2), of_train, rtol=1e-10, atol=1e-12)
+    # The curvature is symmetric and the measurement the loss: a training example in the query's place gives the same parts.
+    queries = problem.query_data()
+    problem.train_data, problem.query_data = lambda: queries, lambda: data
+    swapped = joint_scores(work, parsed, 4, [1], examples=len(data))[0]
+    length = len(data[4][1])
+    torch.testing.assert_close(swapped.T, both[0, :length, : swapped.shape[0]], rtol=1e-9, atol=1e-12)
+
+
+def test_the_parts_of_a_querys_tokens_need_factors(tmp_path):
+    problem = tiny.causal(tmp_path)
+    attributed = inspect(problem, problem.model(), problem.train_data())
+    with pytest.raises(NotStored, match="known under graddot, kfac, ekfac and bif, not under 'cg'"):
+        joint_scores(Work(attributed, None, [], 0, 1), parse({"name": "cg", "damping": 1.0}), 0, [0], examples=5)
