@@ -46,7 +46,20 @@ class Api:
         if not line.startswith("http"):
             raise ApiError("Prefect's API does not start; `tda doctor` says what to mend, or set PREFECT_API_URL to a server's")
         with temporary_settings({PREFECT_API_URL: line.strip()}):
-            yield
+            try:
+                yield
+            finally:
+                _drain_events()
+
+
+def _drain_events() -> None:
+    """Let what Prefect tells its server in the background arrive, and end the thread that tells it.
+
+    The next server in this process would be told by the same thread, at this one's address, and at exit Prefect waits for it for ever.
+    """
+    worker = sys.modules.get("prefect.events.worker")
+    if worker is not None:
+        worker.EventsWorker.drain_all(timeout=STOP_SECONDS)
 
 
 @contextmanager
