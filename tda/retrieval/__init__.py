@@ -1,0 +1,1 @@
+"""Which examples are near a query: by the words that they share, and by sentence embeddings."""
