@@ -16,7 +16,7 @@ from infra import storage
 from infra.cluster import ClusterSpec, ShardFailed, open_cluster
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
-from tasks import chain, ensemble, layout, plan, prepare, publish, sampling_told, scores, solves, stage_facts
+from tasks import candidates, chain, choose, ensemble, layout, plan, prepare, publish, sampling_told, solves, sparse, stage_facts
 from tasks.chain import Earlier
 from tasks.subject import Subject
 from tda import location, schema
@@ -82,7 +82,7 @@ def examine(request: prepare.Request) -> prepare.Inputs:
     """Look at everything that a user can get wrong; the store first, since reading all of the data may take long."""
     storage.check_store(request.store)
     _refuse_newer(request.store)
-    return chain.examine(request, prepare.examine(request))
+    return choose.examine(request, chain.examine(request, prepare.examine(request)))
 
 
 def _refuse_newer(store: str) -> None:
@@ -103,9 +103,10 @@ def request_of(config: RunConfig) -> prepare.Request:
         config.dtype,
     )
     methods = tuple(json.dumps(swept.table, sort_keys=True) for swept in expand(config.methods))
+    chosen = config.candidates.model_dump_json(exclude_none=True) if config.candidates else ""
     return prepare.Request(
         subject, location.resolve(config.store), config.seed, config.products, methods, config.batch_size, config.shard_size,
-        config.query_block, config.self_influence, config.ensemble,
+        config.query_block, config.self_influence, config.ensemble, chosen,
     )  # fmt: skip
 
 
@@ -166,6 +167,8 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
         decided = decided.placed(run_url)
         if resumed:
             progress.say(f"resuming run {run_id}")
+        if decided.candidates:
+            reused["candidates"] = stages.choose(decided.candidates)
         fitted: set[str] = set()
         receipts, labels = [], {"train": inputs.train_labels, "query": inputs.query_labels}
         for member in decided.members:
@@ -177,7 +180,7 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
                 reused[f"{plan.ARTIFACTS[type(fit)]} ({key}{suffix})"] = stages.fit(fit)
             made = [stages.make_directions(scored.directions) for scored in member.scores.methods]
             reused[f"directions{suffix}"] = all(made)
-            scores.create_results(member.scores, labels, plan.results_attrs(decided, run_id))
+            sparse.create_results(member.scores, labels, plan.results_attrs(decided, run_id))
             receipts.append(stages.score(member.scores))
         for earlier in decided.stages:
             reused |= _score_stage(decided, earlier, inputs, run_id)
@@ -197,7 +200,9 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
         for earlier in decided.stages:
             manifest["stages"][earlier.name]["damping"] = publish.used_damping(earlier.member)
         found |= solves.summarize(decided) | sampling_told.summarize(decided)
-        warned = [*solves.warnings(found["solves"]), *sampling_told.warnings(found["sampling"]), *stage_facts.warnings(decided)]
+        found |= {"candidates": candidates.facts(decided.candidates)} if decided.candidates else {}
+        warned = [candidates.note(found["candidates"])] if decided.candidates else []
+        warned += [*solves.warnings(found["solves"]), *sampling_told.warnings(found["sampling"]), *stage_facts.warnings(decided)]
         found["notes"] = [*manifest["notes"], *warned]
         for line in warned:
             progress.say(line)
@@ -223,7 +228,7 @@ def _score_stage(decided: plan.Plan, earlier: Earlier, inputs: prepare.Inputs, r
     made = [stages.make_directions(scored.directions, name) for scored in member.scores.methods]
     reused[f"directions ({name})"] = all(made)
     labels = {"train": earlier.inputs.train_labels, "query": inputs.query_labels}
-    scores.create_results(member.scores, labels, stage_facts.attrs(decided, earlier, run_id))
+    sparse.create_results(member.scores, labels, stage_facts.attrs(decided, earlier, run_id))
     stages.score(member.scores, name)
     return reused
 

@@ -210,6 +210,8 @@ def top(
 
     table = open_run(store, run).top(query, k=k, method=method, kind=kind, on=on)
     print_table(list(table.columns), [[cell(value) for value in row] for row in table.itertuples(index=False)])
+    if "of" in table.attrs:
+        typer.echo(f"of {table.attrs['of']}; others were not scored")
 
 
 @app.command()
@@ -267,11 +269,12 @@ def _verdict(told: "Mapping[str, Any]") -> str:
 def _print_examples(opened: "Run") -> None:
     """For a few queries, spread over all, the training examples at both ends of the default method's ranking."""
     from flows.tables import print_table
+    from tda.rows import rows as scores_of
 
-    method = opened.default_method
-    ids = opened.influence["query"].values.tolist()
+    method, data = opened.default_method, scores_of(opened).data
+    ids = data["query"].values.tolist()
     chosen = ids[:: max(1, len(ids) // SHOWN_QUERIES)][:SHOWN_QUERIES]
-    labels = opened.influence.coords.get("query_label")
+    labels = data.coords.get("query_label")
     rows = []
     for query in chosen:
         ends = [opened.top(query, k=SHOWN_EXAMPLES, method=method, kind=kind) for kind in ("helpful", "harmful")]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from flows.config_candidates import CandidatesConfig
 from infra.cluster import ClusterSpec
 from tda.errors import InputError
 
@@ -143,6 +144,8 @@ class RunConfig(_Table):
     """Models that the run trains, with the seeds seed, seed + 1, ...; scores are averaged over them."""
     methods: Annotated[list[dict[str, Any]], Field(min_length=1)]
     """[[methods]] tables as written; tda.methods.parse_all has accepted them, each list of dampings as one method per value."""
+    candidates: CandidatesConfig | None = None
+    """Which training examples are scored; None: all."""
     evaluation: EvaluationConfig | None = None
     """For `tda evaluate` alone; None: its defaults."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
@@ -310,6 +313,7 @@ def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConf
         "methods": lambda methods: parse_all([swept.table for swept in expand(methods)]) and [_stages(table, folder) for table in methods],
         "store": resolve,
         "problem": lambda problem: _problem(problem, folder),
+        "candidates": lambda table: table and table.placed(folder),
         "checkpoint": lambda checkpoint: checkpoint and resolve(checkpoint, folder),
         "problem_options": lambda options: _options(options, changes["problem"], folder),
     }

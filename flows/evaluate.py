@@ -83,6 +83,8 @@ def evaluate_run(config: RunConfig, command: str = "") -> EvaluationSummary:
     config = _completed(config)
     request = attribute.request_of(config)
     _check_stages(request)
+    if config.candidates is not None:
+        raise InputError("tda evaluate compares the scores of all training examples, and [candidates] leaves some out; remove the table")
     try:
         with embedded_api() as api:
             inputs = attribute.examine(request)

@@ -18,6 +18,7 @@ from flows.progress import Progress
 from infra import storage
 from infra.cluster import ShardFailed, run_shards
 from tasks import (
+    candidates,
     chain,
     dense,
     directions,
@@ -31,6 +32,7 @@ from tasks import (
     retraining,
     sampling,
     scores,
+    sparse,
     subject,
     training,
 )  # fmt: skip
@@ -220,9 +222,28 @@ def make_directions(job: directions.DirectionJob, of: str = "") -> bool:
 
 
 @_stage
+def choose(job: candidates.CandidateJob) -> bool:
+    """Choose which training examples are scored; True where an earlier run had."""
+    if layout.is_complete(job.url):
+        return True
+    run = here().shards
+    for each, whose in zip(job.embedded, (job.asked.on, "queries"), strict=False):
+        if not layout.is_complete(each.url):
+            candidates.create_embeddings(each)
+            run(candidates.embed_part, [(each, part) for part in range(len(each.parts))], f"embeddings ({whose})")
+            run(candidates.finish_embeddings, [each], f"finish embeddings ({whose})")
+    run(candidates.select, [job], "candidates")
+    return False
+
+
+@_stage
 def score(job: scores.ScoreJob, of: str = "") -> list[dict[str, Any]]:
-    """Score every train chunk against every query block; the receipts. of: the earlier stage whose training set it is."""
+    """Score every train chunk, or all candidates, against every query block; the receipts. of: the earlier stage that they are of."""
     shards, blocks = job.shape
+    if job.candidates:
+        told = here().shards(sparse.score_piece, sparse.pieces(job), f"scores of candidates ({of or 'train'})")
+        here().shards(sparse.gather, [(job, block) for block in range(blocks)], f"gather scores ({of or 'train'})")
+        return told
     return _SESSION.get().shards(
         scores.score_shard, [(job, s, q) for q in range(blocks) for s in range(shards)], f"scores ({of})" if of else "scores"
     )
@@ -231,7 +252,11 @@ def score(job: scores.ScoreJob, of: str = "") -> list[dict[str, Any]]:
 @_stage
 def verify(jobs: Sequence[scores.ScoreJob]) -> None:
     """Read every chunk of the scores back."""
-    _SESSION.get().shards(scores.verify_shard, [(job, shard) for job in jobs for shard in range(job.shape[0])], "verify")
+    whole = [(job, shard) for job in jobs if not job.candidates for shard in range(job.shape[0])]
+    chosen = [(job, block) for job in jobs if job.candidates for block in range(job.shape[1])]
+    for function, tasks in ((scores.verify_shard, whole), (sparse.verify_block, chosen)):
+        if tasks:
+            here().shards(function, tasks, "verify")
 
 
 @_stage

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tasks import chain
+from tasks import chain, choose
+from tasks.candidates import CandidateJob
 from tasks.chain import Earlier, training_artifact
 from tasks.cutter import ARTIFACTS, Cutter, FitJob, Member, sized
 from tasks.prepare import Inputs, Request
@@ -25,7 +26,8 @@ __all__ = ["ARTIFACTS", "FitJob", "Member", "Plan", "plan", "seeds", "training_a
 class Plan:
     """What a run will do: one member per trained model (usually one), and the fingerprint of the whole.
 
-    stages: those before the one that is attributed, the latest first, where a method attributes to them.
+    stages: those before the one that is attributed, the latest first, where a method attributes to them. candidates: what chooses the
+    training examples that are scored, where not all of one set are.
     """
 
     request: Request
@@ -33,6 +35,7 @@ class Plan:
     members: tuple[Member, ...]
     fingerprint: str
     stages: tuple[Earlier, ...] = ()
+    candidates: CandidateJob | None = None
 
     @property
     def first(self) -> Member:
@@ -66,9 +69,11 @@ def plan(request: Request, inputs: Inputs) -> Plan:
     asked = [[*member.fingerprints()["directions"].values(), member.scores.scoring_batch, member.scores.shard_size] for member in members]
     titles = [method.title for method in parse_all([json.loads(text) for text in request.methods])]
     stages = chain.plan(request, inputs, members[0])
-    more = {"stages": [stage.asked for stage in stages]} if stages else {}
+    more: dict[str, Any] = {"stages": [stage.asked for stage in stages]} if stages else {}
+    chosen, members, stages = choose.plan(request, inputs, members, stages)
+    more |= {"candidates": [chosen.asked.on, chosen.url.rpartition("/")[2]]} if chosen else {}
     whole = fingerprint("run", members=asked, titles=titles, self_influence=request.self_influence, seed=request.seed, **more)
-    return Plan(request, inputs, members, whole, stages)
+    return Plan(request, inputs, members, whole, stages, chosen)
 
 
 def _member(request: Request, inputs: Inputs, seed: int) -> Member:

@@ -30,7 +30,10 @@ PROBED = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, in strings and numbers. methods and options are JSON; sizes may be None; ensemble: models to train."""
+    """What the user asked for, in strings and numbers.
+
+    methods, options and candidates (empty: all are scored) are JSON; sizes may be None; ensemble: models to train.
+    """
 
     subject: Subject
     store: str
@@ -42,6 +45,7 @@ class Request:
     query_block: int | None
     self_influence: bool
     ensemble: int = 1
+    candidates: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Inputs:
     query_labels: np.ndarray | None
     stages: Mapping[str, Inputs] = field(default_factory=dict)
     """Of the stages before, by name, where a method attributes to them (`tasks.chain`); queries are the run's."""
+    candidates: Mapping[str, str] = field(default_factory=dict)
+    """Digests of what candidates are chosen by, beside data and problem (`tasks.choose`)."""
 
 
 def examine(request: Request) -> Inputs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,7 @@ from tasks.report_stages import Stages
 from tasks.report_text import date, number, percent, seconds
 from tasks.report_tokens import HeatMap, Parting, Speaks, heat_map
 from tda.results import NotStored, ranking
+from tda.rows import Row, Rows, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,7 +63,8 @@ def write_report(
         stages: what describes the examples of earlier stages, by name.
         parting: what single tokens add to scores of gradient methods, where that is known.
     """
-    asked, train = _examples(run, problem, "query"), _examples(run, problem, "train")
+    scored = rows(run)
+    asked, train = _examples(run, scored, problem, "query"), _examples(run, scored, problem, "train")
     earlier = Stages(run, stages or {})
     heat = partial(heat_map, run, problem, parting=parting)
     page = {
@@ -69,13 +72,15 @@ def write_report(
         "manifest": run.manifest,
         "created": date(run.manifest.get("created", "")),
         "measurement": run.manifest.get("measurement", {}).get("name", "measurement"),
-        "queries": [_query(run, heat, asked(place), train, earlier, place, k) for place in _worst_queries(run, queries)],
+        "queries": [_query(run, scored, heat, asked(place), train, earlier, place, k) for place in _worst_queries(run, scored, queries)],
         "stages": earlier.facts,
-        "methods": [_method(run, train, place) for place in range(len(run.methods))],
+        "methods": [_method(run, scored, train, place) for place in range(len(run.methods))],
         "timings": _timings(run.manifest.get("timings", {})),
         "coverage": run.manifest.get("coverage", {}),
         "fingerprints": _shortened(run.manifest.get("fingerprints", {})),
-        "sampled_queries": len(_sampled_queries(run)),
+        "sampled_queries": len(_sampled_queries(scored)),
+        "sizes": run.manifest["shape"],
+        "opens": "candidates" if scored.sparse else "influence",
     }
     environment = _environment()
     style = environment.get_template("report.css.j2").render(methods=range(len(run.methods)))
@@ -85,22 +90,23 @@ def write_report(
     return html.encode()
 
 
-def _examples(run: Run, problem: Describes, split: Split) -> _Examples:
-    """A function from a position in a split to what the page says about that example; each is described once, however often it stands.
+def _examples(run: Run, scored: Rows, problem: Describes, split: Split) -> _Examples:
+    """A function from an example's id to what the page says about it; each is described once, however often it stands.
 
-    Ids, labels and values (measurement or loss) are read here, whole: they are short, and one by one each would be a request.
+    Ids count from 0, so they are places too. Labels and values (measurement or loss) are read here, whole: they are short, and one by one
+    each would be a request. Of candidates, labels come with the rows.
     """
-    ids = run.influence[split].to_numpy()
-    labels = _stored(run, f"{split}_label")
+    labels = scored.data.coords.get(f"{split}_label")
+    known = None if labels is None else labels.to_numpy()
     values = _stored(run, "query_measurement" if split == "query" else "train_loss")
 
     @cache
-    def example(place: int) -> dict[str, Any]:
+    def example(i: int) -> dict[str, Any]:
         return {
-            "id": int(ids[place]),
-            "label": None if labels is None else int(labels[place]),
-            "value": None if values is None else float(values[place]),
-            "content": described(problem, split, int(ids[place])),
+            "id": i,
+            "label": None if known is None else int(known[i]),
+            "value": None if values is None else float(values[i]),
+            "content": described(problem, split, i),
         }
 
     return example
@@ -109,49 +115,51 @@ def _examples(run: Run, problem: Describes, split: Split) -> _Examples:
 def _stored(run: Run, name: str) -> _Array | None:
     """An array of one number per example, or None where the run has none."""
     try:
-        found = run.influence.coords[name] if name.endswith("_label") else getattr(run, name)
-    except (KeyError, NotStored):
+        return np.asarray(getattr(run, name))
+    except NotStored:
         return None
-    return np.asarray(found)
 
 
-def _worst_queries(run: Run, count: int) -> list[int]:
+def _worst_queries(run: Run, scored: Rows, count: int) -> list[int]:
     """Positions of the queries whose measurement is worst, the worst first; the first ones where it is not stored."""
     values = _stored(run, "query_measurement")
     if values is None:
-        return list(range(min(count, run.influence.sizes["query"])))
+        return list(range(min(count, len(scored.queries))))
     return [int(place) for place in np.argsort(values if run.better == "higher" else -values, kind="stable")[:count]]
 
 
 def _query(
-    run: Run, heat: Callable[..., HeatMap | None], query: dict[str, Any], train: _Examples, earlier: Stages, place: int, k: int
+    run: Run, scored: Rows, heat: Callable[..., HeatMap | None], query: dict[str, Any], train: _Examples, earlier: Stages, place: int, k: int
 ) -> dict[str, Any]:
     """One query with its most helpful and most harmful examples by every method; reads one row of the scores per method."""
     methods: list[dict[str, Any]] = []
-    for m, row in enumerate(run.influence[:, place].to_numpy()):
+    every = scored.of(place)
+    for m in range(len(scored.methods)):
+        row = replace(every, score=every.score[m])
         found: dict[str, Any] = {kind: _ranked(run, query, train, row, kind, k) for kind in ("helpful", "harmful")}
         shown = [example["id"] for kind in ("helpful", "harmful") for example in found[kind][:HEATED]]
-        stages = earlier.of(run.methods[m], place, lambda shows, scores, kind: _ranked(run, query, shows, scores, kind, k))
+        stages = earlier.of(run.methods[m], place, lambda shows, row, kind: _ranked(run, query, shows, row, kind, k))
         methods.append(found | {"heat": heat(m, query["id"], shown), "stages": stages})
     return query | {"methods": methods}
 
 
-def _ranked(run: Run, query: dict[str, Any], train: _Examples, scores: _Array, kind: Kind, k: int) -> list[dict[str, Any]]:
-    largest = float(np.abs(np.nan_to_num(scores)).max(initial=0)) or 1.0
-    return [
-        train(place)
-        | {"score": scores[place], "weight": 100 * abs(scores[place]) / largest, "differs": train(place)["label"] != query["label"]}
-        for place in ranking(scores, kind=kind, better=run.better)[:k].tolist()
-    ]
+def _ranked(run: Run, query: dict[str, Any], train: _Examples, row: Row, kind: Kind, k: int) -> list[dict[str, Any]]:
+    largest = float(np.abs(np.nan_to_num(row.score)).max(initial=0)) or 1.0
+    found = []
+    for place in ranking(row.score, kind=kind, better=run.better)[:k].tolist():
+        label, score = None if row.label is None else int(row.label[place]), row.score[place]
+        shown = train(int(row.train[place])) | {"label": label, "differs": label != query["label"]}
+        found.append(shown | {"score": score, "weight": 100 * abs(score) / largest})
+    return found
 
 
-def _method(run: Run, train: _Examples, place: int) -> dict[str, Any]:
+def _method(run: Run, scored: Rows, train: _Examples, place: int) -> dict[str, Any]:
     """What the page says about one method: distributions, outliers, and the layers with their damping."""
     own = _own_influence(run, place)
     outliers = ranking(-np.abs(own), kind="helpful", better="lower")[:OUTLIERS].tolist()
     return {
         "name": run.methods[place],
-        "scores": histogram(run.influence[place, _sampled_queries(run)].to_numpy()),
+        "scores": histogram(scored.data[place, _sampled_queries(scored)].to_numpy()),
         "own": histogram(own),
         "outliers": [train(i) | {"score": own[i]} for i in outliers],
         "layers": _layers(run.manifest, run.methods[place]),
@@ -171,9 +179,9 @@ def _own_influence(run: Run, place: int) -> _Array:
     return own if np.isfinite(own).any() else np.empty(0)  # methods that would need a solve for each example have none
 
 
-def _sampled_queries(run: Run) -> list[int]:
+def _sampled_queries(scored: Rows) -> list[int]:
     """Positions of the queries in the histogram: all, or evenly drawn ones where all would be too many scores."""
-    queries, train = run.influence.sizes["query"], run.influence.sizes["train"]
+    _, queries, train = scored.data.shape
     count = min(queries, max(1, MOST_SCORES // max(1, train)))
     return [int(place) for place in np.linspace(0, queries - 1, count).round()]
 

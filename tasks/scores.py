@@ -40,7 +40,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """The scores of one trained model. subject: at the final checkpoint; results and receipts: URLs."""
+    """The scores of one trained model. subject: at the final checkpoint; results and receipts: URLs.
+
+    candidates: the URL of the artifact that says which training examples are scored for each query (`tasks.sparse`); empty: all are.
+    """
 
     subject: Subject
     methods: tuple[Scored, ...]
@@ -53,6 +56,7 @@ class ScoreJob:
     scoring_batch: int
     products: Products
     self_influence: bool
+    candidates: str = ""
 
     def train_ids(self, shard: int) -> range:
         """Training ids of a shard."""
@@ -69,8 +73,12 @@ class ScoreJob:
 
     @property
     def query_chunk(self) -> int:
-        """Queries per stored chunk: a part of a block, so that each chunk is written whole by one task."""
-        most = min(self.query_block, max(CHUNK_QUERIES, CHUNK_NUMBERS // self.shard_size))
+        """Queries per stored chunk of a shard."""
+        return self.queries_of(self.shard_size)
+
+    def queries_of(self, width: int) -> int:
+        """Queries per stored chunk of so many examples: a part of a block, so that each chunk is written whole by one task."""
+        most = min(self.query_block, max(CHUNK_QUERIES, CHUNK_NUMBERS // width))
         if self.query_block >= self.queries:
             return most
         return max(size for size in range(1, most + 1) if self.query_block % size == 0)
@@ -172,7 +180,7 @@ def score_shard(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
     if location.exists(receipt):
         return {**location.read_json(receipt), "seconds": 0.0}
     started = time.perf_counter()
-    found, measurement = _scored(job, shard, block)
+    found, measurement = scored(job, job.train_ids(shard), block)
     group: Any = location.open_group(job.results, "r+")
     train, query = (slice(ids.start, ids.stop) for ids in (job.train_ids(shard), job.query_ids(block)))
     group["influence"][:, query, train] = found.influence.float().numpy()
@@ -189,10 +197,10 @@ def score_shard(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
     return told
 
 
-def _scored(job: ScoreJob, shard: int, block: int) -> tuple[ShardScores, Tensor]:
-    """The scores of one train chunk against one query block, summed over the subjects, and the queries' measurements."""
+def scored(job: ScoreJob, ids: Sequence[int], block: int) -> tuple[ShardScores, Tensor]:
+    """The scores of some training examples against one query block, summed over the subjects, and the queries' measurements."""
     parts, measurement = _parts(job, block)
-    methods, ids = len(job.methods), job.train_ids(shard)
+    methods = len(job.methods)
     influence = torch.zeros(methods, len(measurement), len(ids), dtype=measurement.dtype)
     own = torch.full((methods, len(ids)), torch.nan, dtype=measurement.dtype)
     mass, losses, errors = torch.zeros(0), torch.zeros(0), dict[int, Tensor]()
@@ -239,7 +247,7 @@ def verify_shard(task: tuple[ScoreJob, int]) -> dict[str, Any]:
     if shard == 0:
         wanted["query_measurement"] = (...,)
     for name, where in wanted.items():
-        wrong = _wrong(group[name], where)
+        wrong = damage(group[name], where)
         if wrong:
             for block in range(job.shape[1]):
                 storage.delete(_receipt(job, shard, block))
@@ -248,10 +256,11 @@ def verify_shard(task: tuple[ScoreJob, int]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started}
 
 
-def _wrong(array: Any, where: tuple[Any, ...]) -> str:
-    """What is wrong with a part of an array; empty where nothing is."""
+def damage(array: Any, where: tuple[Any, ...], inside: Any = None) -> str:
+    """What is wrong with a part of an array; empty where nothing is. inside: what of that part's last axes has to be there."""
     try:
-        return "" if np.isfinite(array.oindex[where]).all() else "a value is missing or not finite"
+        found = array.oindex[where]
+        return "" if np.isfinite(found if inside is None else found[..., inside]).all() else "a value is missing or not finite"
     except (InputError, OSError):  # the store's trouble, not the chunk's
         raise
     except Exception as error:  # noqa: BLE001  (a damaged chunk may raise anything that its codecs do)

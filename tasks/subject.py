@@ -102,6 +102,11 @@ def open_subject(subject: Subject) -> Opened:
     return family.opened[subject]
 
 
+def open_problem(subject: Subject) -> Problem:
+    """A subject's problem alone, without a model or weights; kept likewise."""
+    return _family(subject.problem, subject.options, subject.source, subject.inputs).problem
+
+
 def forget() -> None:
     """Close what is open: the same names may mean something else by now."""
     _family.cache_clear()

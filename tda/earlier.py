@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tda.labelled import Scores
 from tda.results import NotStored
+from tda.rows import whole
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -23,6 +24,6 @@ def influence_on(run: Run, stage: str) -> xr.DataArray:
     if stage not in stages:
         known = f"it has {', '.join(map(repr, stages))}" if stages else "it has its own training set alone; multistage stores others"
         raise NotStored(f"run {run.id} has no scores on {stage!r}; {known}")
-    data = run.scored("stages", stage)
-    data["influence"].attrs.update(stage=stage, examples=stages[stage]["shape"]["train"], damping=stages[stage].get("damping", {}))
-    return Scores(data["influence"])
+    scores = whole(run, run.scored("stages", stage))
+    scores.attrs.update(stage=stage, examples=stages[stage]["shape"]["train"], damping=stages[stage].get("damping", {}))
+    return Scores(scores)

@@ -114,6 +114,22 @@ class Problem(ABC):
         data = self.train_data() if split == "train" else self.query_data()
         return data[i][0]
 
+    def text(self, split: Split, i: int) -> str | None:
+        """What example i of a split says, by which candidates for scoring are found; None: it is no text.
+
+        By default its description, where that is text, or a dict of texts, which are joined.
+        """
+        shown = self.describe(split, i)
+        parts = list(shown.values()) if isinstance(shown, Mapping) else [shown]
+        return " ".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
+
+    def gold(self, query: int) -> Sequence[int] | None:
+        """Ids of the training examples that are known to be behind a query, to be scored in any case; None: nothing is known.
+
+        Of the training set that candidates are taken from, which may be an earlier stage's.
+        """
+        return None
+
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """Texts of tokens by their places in the vocabulary, for reports that show the influence of each; by default the places."""
         return [str(i) for i in ids]

@@ -114,8 +114,24 @@ class Run:
 
     @property
     def influence(self) -> xr.DataArray:
-        """Scores (method, query, train), float32, lazily; coords query, train, query_label, train_label; attrs sign, units, damping."""
-        return Scores(self._results["influence"])
+        """Scores (method, query, train), float32, lazily; coords query, train, query_label, train_label; attrs sign, units, damping.
+
+        Raises:
+            NotStored: only candidates were scored.
+        """
+        from tda.rows import whole
+
+        return Scores(whole(self, self._results))
+
+    @property
+    def candidates(self) -> xr.Dataset:
+        """Where only candidates were scored, their scores: influence (method, query, candidate), candidate_id (query, candidate), lazily.
+
+        docs/candidates.md names its arrays. Raises NotStored where all training examples were scored.
+        """
+        from tda.rows import candidates
+
+        return candidates(self)
 
     def influence_on(self, stage: str) -> xr.DataArray:
         """Scores (method, query, train) of another training set, such as "pretraining", as `influence` has them of the run's own.
@@ -249,7 +265,7 @@ class Run:
         """The k training examples that help or harm a query most.
 
         Helpful examples move the measurement in its better direction: where it is a loss, those with the most negative influence.
-        Reads one row of the scores.
+        Reads one row of the scores. Where only candidates were scored, they are ranked; `attrs["of"]` of the table says of how many.
 
         Args:
             query: the query's id.
@@ -259,29 +275,15 @@ class Run:
             on: another training set, such as "pretraining".
 
         Returns:
-            Columns rank (from 1), train (id), label (where labels are integers), score.
+            Columns rank (from 1), train (id), label (where labels are integers), score; source (of candidates, such as "bm25, gold").
 
         Raises:
             InputError: no such query or method, or k or kind is none of those above.
             NotStored: no method of the run attributes to the set.
         """
-        influence = self.influence if on is None else self.influence_on(on)
-        method = self._method(method, influence)
-        if kind not in ("helpful", "harmful"):
-            raise InputError(f"kind must be 'helpful' or 'harmful', got {kind!r}")
-        if k < 1:
-            raise InputError(f"k must be at least 1, got {k}")
-        queries = influence.indexes["query"]
-        if query not in queries:
-            raise InputError(f"run {self.id} has no query {query!r}; it has {len(queries)}, from {queries.min()} to {queries.max()}")
-        row = influence.loc[method, query]
-        scores = row.to_numpy()
-        order = ranking(scores, kind=kind, better=self.better)[:k]
-        table = pd.DataFrame({"rank": np.arange(1, len(order) + 1), "train": row["train"].to_numpy()[order]})
-        if "train_label" in row.coords:
-            table["label"] = row["train_label"].to_numpy()[order]
-        table["score"] = scores[order]
-        return table
+        from tda.rows import top
+
+        return top(self, query, k, method, kind, on)
 
     @property
     def better(self) -> Literal["lower", "higher"]:
@@ -300,12 +302,13 @@ class Run:
         """What results.zarr in a folder of the run holds, checked and lazily."""
         group = self._open_group(*folder, "results.zarr")
         present = set(group.array_keys())
-        required = {"influence", "method", "query", "train"}
+        scores = {"candidate_influence", "candidate_id", "candidate_source"} if "candidate_id" in present else {"influence", "train"}
+        required = scores | {"method", "query"}
         schema.validate(group, sorted(required | (present & set(schema.SPECS))))
         data = _with_labels(lazy(group))
-        labels = [name for name in ("query_label", "train_label") if name in data]
+        labels = [name for name in ("query_label", "train_label", "candidate_label", "candidate_id") if name in data]
         described = {key: self.manifest[key] for key in ("units", "damping", "measurement") if key in self.manifest}
-        for name in ("influence", "self_influence", "stderr"):
+        for name in ("influence", "self_influence", "stderr", "candidate_influence", "candidate_stderr"):
             if name in data:
                 data[name].attrs.update(described)
         return data.set_coords(labels)
@@ -314,14 +317,6 @@ class Run:
         if name not in self._results:
             raise NotStored(f"run {self.id} has no {name}; {source} stores it")
         return self._results[name]
-
-    def _method(self, method: str | None, influence: xr.DataArray) -> str:
-        labels = [str(label) for label in influence["method"].to_numpy()]
-        if method is None:
-            return self.default_method if self.default_method in labels else labels[-1]
-        if method not in labels:
-            raise InputError(f"run {self.id} has no method {method!r}; it has {', '.join(labels)}")
-        return method
 
     def _open_group(self, *parts: str) -> zarr.Group:
         url = location.join(self.url, *parts)

@@ -50,8 +50,8 @@ def trajectories(run: Run, method: str | None, member: int) -> xr.Dataset:
     schema.check_version(group.attrs, found.zarr)
     schema.validate(group, sorted(group.array_keys()))
     data = lazy(group)
-    scores = run.influence
-    coords = {name: scores.coords[name] for name in ("train", "query", "train_label", "query_label") if name in scores.coords}
+    known = run.scored()
+    coords = {name: known.coords[name] for name in ("train", "query", "train_label", "query_label") if name in known.coords}
     sampling = {key: value for key, value in found.told["sampling"].items() if key not in ("together", "segment")}
     attrs = sampling | {"step_size_convention": found.told["step_size_convention"], "lost": found.told["lost"]}
     attrs |= {"diagnostics": location.read_json(location.join(found.url, "diagnostics.json"))}
@@ -63,7 +63,7 @@ def token_influence(run: Run, query: int, train: Sequence[int], method: str | No
     from tda.results import NotStored
 
     for name, ids in (("query", [query]), ("train", train)):
-        known = run.influence.sizes[name]
+        known = run.manifest["shape"][name]
         if bad := [i for i in ids if not 0 <= i < known]:
             raise InputError(f"run {run.id} has no {name} example {bad[0]}; it has {known}, counted from 0")
     if not _samples(run, method):

@@ -81,6 +81,18 @@ _RESULTS = (
     ArraySpec("train_loss", ("train",), _SINGLE, "loss of a training example at the checkpoint", "nats", fill=_NAN),
 )
 
+# Where candidates were scored in place of a whole training set, in place of `influence`; `run.candidates` has them without the prefix.
+# The candidates of a query are padded to those of the query that has most.
+_CANDIDATES = (
+    ArraySpec("candidate_id", ("query", "candidate"), _INTEGER, "id of a training example that was scored; -1: padding", fill=-1),
+    ArraySpec("candidate_source", ("query", "candidate"), ("uint8",), "sum of 1 (bm25), 2 (embedding), 4 (gold), 8 (random); 0: padding"),
+    ArraySpec("candidate_influence", ("method", "query", "candidate"), _SINGLE, "influence of a candidate on its query", UNITS, SIGN, _NAN),
+    ArraySpec("candidate_stderr", ("method", "query", "candidate"), _SINGLE, "standard error of the influence", UNITS, "", _NAN),
+    ArraySpec("candidate_label", ("query", "candidate"), _INTEGER, "label of a candidate, where labels are integers", fill=-1),
+    ArraySpec("candidate_loss", ("query", "candidate"), _SINGLE, "loss of a candidate at the checkpoint", "nats", "", _NAN),
+    ArraySpec("embedding", ("example", "dimension"), _SINGLE, "sentence embedding of an example, of unit length", fill=_NAN),
+)
+
 # One group per layer; a convolution with groups has several matrices, every other layer has one.
 # A (in x in) and S (out x out) are its Kronecker factors; basis_in and basis_out hold their eigenvectors.
 _FACTORS = (
@@ -244,7 +256,8 @@ _EVALUATION = (
 )
 
 SPECS: Mapping[str, ArraySpec] = {
-    spec.name: spec for spec in (*_RESULTS, *_SOLVES, *_RETRAINING, *_TRAJECTORIES, *_EVALUATION, *_STUDIES, *_FACTORS, *_SPECTRA)
+    spec.name: spec
+    for spec in (*_RESULTS, *_CANDIDATES, *_SOLVES, *_RETRAINING, *_TRAJECTORIES, *_EVALUATION, *_STUDIES, *_FACTORS, *_SPECTRA)
 }
 
 

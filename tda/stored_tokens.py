@@ -50,7 +50,7 @@ def token_influence(
     prints = run.manifest.get("members", [run.manifest["fingerprints"]])[member]
     title = _method(run, method, prints["directions"])
     attributed = _opened(run, prints["checkpoint"])
-    examples = run.influence.sizes["train"]
+    examples = len(attributed.problem.train_data())
     if by_query_token:
         work = Work(attributed, None, _curvature(run, attributed, _methods(run)[title], prints), seed=0, batch_size=1)
         scores = joint_scores(work, _methods(run)[title], query, train, examples=examples)

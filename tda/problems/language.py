@@ -190,6 +190,11 @@ class _Language(tda.Problem):
             return {"prompt": self._text(ids[:first]), "completion": self._text(ids[first:])}
         return self._text(ids)
 
+    def text(self, split: Split, i: int) -> str | None:
+        """The text, of a prompt and a completion both, without special tokens; None where there is no tokenizer."""
+        inputs, _ = (self._train if split == "train" else self._query)[i]
+        return None if self.tokenizer is None else str(self.tokenizer.decode(inputs["input_ids"].tolist(), skip_special_tokens=True))
+
     def _text(self, ids: Tensor) -> str:
         if self.tokenizer is None:
             return " ".join(str(i) for i in ids.tolist())

@@ -1,4 +1,5 @@
-"""Writes the data of language.toml, the same every time: who lives where and works as what, a model's configuration, a tokenizer.
+"""Writes the data of language.toml and candidates.toml, the same every time: who lives where and works as what, a model's configuration,
+a tokenizer, and a sentence encoder (one of random weights, so that words count and not what they mean).
 
 python docs/examples/language/make.py FOLDER
 """
@@ -8,8 +9,10 @@ import random
 import sys
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, GPTNeoXConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 NAMES = [
     "Ada", "Bo", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hal", "Ida", "Jon", "Kim", "Lea", "Max", "Nia", "Ole", "Pia", "Quin", "Rosa", "Sven",
@@ -25,7 +28,7 @@ SPECIAL = ("<pad>", "<unk>", "<end>")
 
 
 def main(folder: Path) -> None:
-    """Write train.jsonl, query.jsonl, and the model's folder."""
+    """Write train.jsonl, query.jsonl, and the folders of the model and of the encoder."""
     generator = random.Random(0)  # noqa: S311
     facts = [{"name": name, "town": generator.choice(TOWNS), "work": generator.choice(WORK)} for name in NAMES]
     told = [(way, fact) for fact in facts for way in (*LIVES, *WORKS)]
@@ -35,6 +38,7 @@ def main(folder: Path) -> None:
     write(folder / "query.jsonl", [{"prompt": way.format(**fact), "completion": fact[what]} for way, what, fact in asked])
     words = sorted({word for way, fact in told for word in way.format(**fact).split()})
     save(folder / "model", [*SPECIAL, *words])
+    save_encoder(folder / "encoder", [*SPECIAL, *words])
 
 
 def write(file: Path, records: list[dict[str, str]]) -> None:
@@ -48,6 +52,25 @@ def save(folder: Path, vocabulary: list[str]) -> None:
     ends = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.15}
     config = GPTNeoXConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **size, **ends)
     config.save_pretrained(folder)
+    save_tokenizer(folder, vocabulary)
+
+
+def save_encoder(folder: Path, vocabulary: list[str]) -> None:
+    """A small BERT as sentence-transformers saves it: its hidden states are averaged over the tokens."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    torch.manual_seed(0)
+    logging.disable_progress_bar()
+    BertModel(BertConfig(vocab_size=len(vocabulary), pad_token_id=0, initializer_range=0.5, **size)).save_pretrained(folder)
+    save_tokenizer(folder, vocabulary)
+    parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [{"idx": i, "path": path, "type": f"sentence_transformers.models.{name}"} for i, (path, name) in enumerate(parts.items())]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}))
+
+
+def save_tokenizer(folder: Path, vocabulary: list[str]) -> None:
+    """A tokenizer of whole words."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=SPECIAL[1]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict(zip(("pad_token", "unk_token", "eos_token"), SPECIAL, strict=True)))
