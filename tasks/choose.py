@@ -45,7 +45,10 @@ def examine(request: Request, inputs: Inputs) -> Inputs:
         if asked.needs_text:
             candidates.texts(asking, "query", range(min(PROBED, inputs.queries)))
     if asked.embedding:
-        open_encoder(asked.model)
+        try:
+            open_encoder(asked.model)
+        except InputError as error:
+            raise InputError(f"candidates.model: {error}") from error
         found["encoder"] = encoder_digest(asked.model)
     if asked.needs_text:
         with telling(subject.problem):

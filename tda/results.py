@@ -183,6 +183,8 @@ class Run:
             NotStored: nothing of the run has an error estimate.
         """
         if "stderr" not in self._results:
+            if "candidate_stderr" in self._results:
+                raise NotStored(f"run {self.id} scored candidates only: run.candidates has their standard errors")
             known = ", ".join(self.methods)
             raise NotStored(f"run {self.id} has no stderr; ensemble = 2 or more, and methods that sample (bif), store it (it has {known})")
         return Scores(self._results["stderr"])
@@ -315,6 +317,8 @@ class Run:
 
     def _array(self, name: str, source: str) -> xr.DataArray:
         if name not in self._results:
+            if "candidate_id" in self._results:
+                raise NotStored(f"run {self.id} has no {name}, since it scored candidates only: run.candidates has what there is")
             raise NotStored(f"run {self.id} has no {name}; {source} stores it")
         return self._results[name]
 

@@ -1,5 +1,6 @@
-"""Writes the data of language.toml and candidates.toml, the same every time: who lives where and works as what, a model's configuration,
-a tokenizer, and a sentence encoder (one of random weights, so that words count and not what they mean).
+"""Writes the data of language.toml and candidates.toml, the same every time: who lives where and works as what.
+
+With a model's configuration, a tokenizer, and a sentence encoder of random weights: by it, texts are near that share words.
 
 python docs/examples/language/make.py FOLDER
 """
