@@ -187,6 +187,15 @@ def test_candidates_are_found_once(runs: dict[str, Run], tmp_path: Path, single:
     assert stage.manifest["candidates"]["fingerprint"] != own.manifest["candidates"]["fingerprint"]
 
 
+def test_the_example_of_the_page_runs(tmp_path: Path, single: str) -> None:
+    file = Path(__file__).parents[2] / "docs" / "examples" / "candidates.toml"
+    _, run = attribute(file, f"{tmp_path}/store", single, "problem_options.epochs=1", 'methods=[{name="graddot"}]')
+    told = run.manifest["candidates"]
+    assert told["from"] == {"bm25": 8, "embedding": 8, "gold": 3, "random": 4}, "each fact is told in three ways"
+    assert told["per_query"]["least"] == 13
+    assert told["per_query"]["most"] == 19
+
+
 @pytest.mark.soak
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, prefect_api: None, single: str) -> None:
     traps = tmp_path / "traps"

@@ -134,7 +134,7 @@ def test_the_examples_data_are_what_its_generator_writes_and_its_model_learns_th
     examples = Path(__file__).parents[2] / "docs" / "examples"
     runpy.run_path(str(examples / "language" / "make.py"))["main"](tmp_path)
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(written) == 5
+    assert len(written) == 11
     assert all(file.read_bytes() == (examples / "language" / file.relative_to(tmp_path)).read_bytes() for file in written)
     parsed = load_config(examples / "language.toml")
     problem = load_problem(parsed.problem, parsed.problem_options)

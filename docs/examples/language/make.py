@@ -10,6 +10,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, GPTNeoXConfig, PreTrainedTokenizerFast
@@ -57,17 +58,21 @@ def save(folder: Path, vocabulary: list[str]) -> None:
 
 
 def save_encoder(folder: Path, vocabulary: list[str]) -> None:
-    """A small BERT as sentence-transformers saves it: its hidden states are averaged over the tokens."""
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
-    torch.manual_seed(0)
+    """A small BERT with random weights, as sentence-transformers saves it: its hidden states are averaged over the tokens."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    model = BertModel(BertConfig(vocab_size=len(vocabulary), pad_token_id=0, **size), add_pooling_layer=False)
+    generator = np.random.default_rng(0)
+    with torch.no_grad():
+        for weight in (each for each in model.parameters() if each.ndim == 2):
+            weight.copy_(torch.from_numpy(generator.integers(-64, 65, weight.shape) / 64))  # exact, so the same on every machine
     logging.disable_progress_bar()
-    BertModel(BertConfig(vocab_size=len(vocabulary), pad_token_id=0, initializer_range=0.5, **size)).save_pretrained(folder)
+    model.save_pretrained(folder)
     save_tokenizer(folder, vocabulary)
     parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [{"idx": i, "path": path, "type": f"sentence_transformers.models.{name}"} for i, (path, name) in enumerate(parts.items())]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True}))
 
 
 def save_tokenizer(folder: Path, vocabulary: list[str]) -> None:
