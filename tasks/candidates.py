@@ -89,7 +89,10 @@ def embed_part(task: tuple[EmbeddingJob, int]) -> dict[str, Any]:
     if location.exists(receipt):
         return {"seconds": 0.0}
     started, ids = time.perf_counter(), job.parts[part]
-    found = _encode(job, candidates.texts(open_problem(job.subject), job.split, ids))
+    try:
+        found = _encode(job, candidates.texts(open_problem(job.subject), job.split, ids))
+    except InputError as error:
+        raise InputError(f"{job.split} examples {ids.start}..{ids.stop - 1}: {error}") from error
     group: Any = location.open_group(job.zarr, "r+")
     group["embedding"][ids.start : ids.stop] = found
     told = {"seconds": time.perf_counter() - started}
