@@ -129,7 +129,14 @@ def _worst_queries(run: Run, scored: Rows, count: int) -> list[int]:
 
 
 def _query(
-    run: Run, scored: Rows, heat: Callable[..., HeatMap | None], query: dict[str, Any], train: _Examples, earlier: Stages, place: int, k: int
+    run: Run,
+    scored: Rows,
+    heat: Callable[..., HeatMap | None],
+    query: dict[str, Any],
+    train: _Examples,
+    earlier: Stages,
+    place: int,
+    k: int,
 ) -> dict[str, Any]:
     """One query with its most helpful and most harmful examples by every method; reads one row of the scores per method."""
     methods: list[dict[str, Any]] = []
@@ -139,7 +146,7 @@ def _query(
         found: dict[str, Any] = {kind: _ranked(run, query, train, row, kind, k) for kind in ("helpful", "harmful")}
         shown = [example["id"] for kind in ("helpful", "harmful") for example in found[kind][:HEATED]]
         stages = earlier.of(run.methods[m], place, lambda shows, row, kind: _ranked(run, query, shows, row, kind, k))
-        methods.append(found | {"heat": heat(m, query["id"], shown), "stages": stages})
+        methods.append(found | {"of": row.of, "heat": heat(m, query["id"], shown), "stages": stages})
     return query | {"methods": methods}
 
 

@@ -30,7 +30,9 @@ class Stages:
         for name, scores in self.scores.items():
             if method in scores.methods:
                 row = scores.of(place, method)
-                found.append({"name": name, **{kind: rank(self.examples[name], row, kind) for kind in ("helpful", "harmful")}})
+                found.append(
+                    {"name": name, "of": row.of, **{kind: rank(self.examples[name], row, kind) for kind in ("helpful", "harmful")}}
+                )
         return found
 
 

@@ -31,6 +31,11 @@ class Row:
     label: _Array | None = None
     source: _Array | None = None
 
+    @property
+    def of(self) -> str:
+        """What the examples were ranked among, where these are candidates: "212 candidates"; else nothing."""
+        return "" if self.source is None else f"{len(self.train)} candidates"
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -91,7 +96,7 @@ def top(run: Run, query: int, k: int, method: str | None, kind: Kind, on: str | 
     table["score"] = row.score[order]
     if row.source is not None:
         table["source"] = [named(int(source)) for source in row.source[order]]
-        table.attrs["of"] = f"{len(row.train)} candidates of {scores.data.attrs['examples']} training examples"
+        table.attrs["of"] = f"{row.of} of {scores.data.attrs['examples']} training examples"
     return table
 
 
