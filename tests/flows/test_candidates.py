@@ -172,7 +172,9 @@ def test_what_was_not_scored_is_said_where_it_is_looked_for(runs: dict[str, Run]
         (note,) = [line for line in run.manifest["notes"] if "candidates" in line]
         assert note.startswith(f"{on}: only candidates were scored (bm25, embedding, gold, random)")
         assert f" of {examples} training examples per query" in note
-        assert note in Path(f"{run.url.removeprefix('file://')}/report.html").read_text()
+        page = Path(f"{run.url.removeprefix('file://')}/report.html").read_text()
+        assert note in page
+        assert f"lower the loss, of {(run.candidates['candidate_id'][0] >= 0).sum().item()} candidates" in page
     assert own.trajectories.sizes["train"] == 23
 
 
@@ -192,8 +194,7 @@ def test_the_example_of_the_page_runs(tmp_path: Path, single: str) -> None:
     _, run = attribute(file, f"{tmp_path}/store", single, "problem_options.epochs=1", 'methods=[{name="graddot"}]')
     told = run.manifest["candidates"]
     assert told["from"] == {"bm25": 8, "embedding": 8, "gold": 3, "random": 4}, "each fact is told in three ways"
-    assert told["per_query"]["least"] == 13
-    assert told["per_query"]["most"] == 19
+    assert 8 <= told["per_query"]["least"] <= told["per_query"]["most"] <= 23, "what several sources name is scored once"
 
 
 @pytest.mark.soak

@@ -137,6 +137,20 @@ def test_what_has_a_receipt_is_not_computed_again(plan: plans.Plan) -> None:
     assert not [name for name in objects(job.receipts) if name.endswith(".safetensors")]
 
 
+def test_on_s3_the_bytes_are_those_of_a_folder(plan: plans.Plan, moto_s3: str) -> None:
+    folder = created(plan, "first")
+    run(folder)
+    url = f"{moto_s3}/store/artifacts/candidates/f"
+    candidates.select(replace(plan.candidates, url=url))
+    chosen = replace(plan.first, scores=replace(plan.first.scores, candidates=url))
+    job = created(replace(plan, members=(chosen,), request=replace(plan.request, store=f"{moto_s3}/store")), "first")
+    run(job)
+    for block in range(job.shape[1]):
+        sparse.verify_block((job, block))
+    assert objects(job.results) == objects(folder.results)
+    assert objects(f"{url}/candidates.zarr") == objects(plan.candidates.zarr)
+
+
 @pytest.mark.parametrize("array", ["candidate_influence", "candidate_loss", "query_measurement"])
 def test_a_missing_chunk_is_found_and_computed_again(plan: plans.Plan, array: str) -> None:
     job = created(plan, "first")
