@@ -17,6 +17,7 @@ from tda import checkpoint as checkpoints
 from tda.language import adapters, folders, groups
 from tda.language.documents import Documents, Fields, open_documents
 from tda.language.examples import Inputs, Sequences, collate, pack
+from tda.language.gold import gold_of
 from tda.measurements import sequence_log_odds
 from tda.problem import Batch, Split
 from tda.recipe import Recipe
@@ -194,6 +195,14 @@ class _Language(tda.Problem):
         """The text, of a prompt and a completion both, without special tokens; None where there is no tokenizer."""
         inputs, _ = (self._train if split == "train" else self._query)[i]
         return None if self.tokenizer is None else str(self.tokenizer.decode(inputs["input_ids"].tolist(), skip_special_tokens=True))
+
+    def gold(self, query: int) -> Sequence[int] | None:
+        """The ids in the field `gold` of a query's record; None where no record has it."""
+        return None if self._gold is None else self._gold[query]
+
+    @cached_property
+    def _gold(self) -> list[list[int]] | None:
+        return gold_of(self._urls["query"])
 
     def _text(self, ids: Tensor) -> str:
         if self.tokenizer is None:

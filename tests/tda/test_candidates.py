@@ -6,7 +6,9 @@ import pytest
 import tda
 from tda.errors import InputError
 from tda.problems.digits import Digits
+from tda.problems.language import CausalLM
 from tda.retrieval.candidates import Asked, check_counts, drawn, gold, named, texts, union
+from tests.tda import language_models as tiny
 
 
 class Told(Digits):
@@ -72,6 +74,27 @@ def test_gold_ids_are_in_range_each_once():
         gold(Told(), 4, 3, "pretraining")
     with pytest.raises(InputError, match=r"Digits\.gold\(0\) names nothing"):
         gold(Digits(), 4, 4, "train")
+
+
+def test_a_query_s_record_may_name_its_gold(tmp_path):
+    told = [{"text": tiny.TEXTS[0], "gold": [3, 1]}, {"text": tiny.TEXTS[1]}]
+    assert gold(tiny.causal(tmp_path, query=told), 2, 5, "train") == [[1, 3], []]
+    assert tiny.causal(tmp_path).gold(0) is None
+    for wrong in (3, [1.5], [True], "3"):
+        with pytest.raises(InputError, match=r"query\.jsonl, line 1: gold must be a list of ids of training examples"):
+            tiny.causal(tmp_path, query=[{"text": tiny.TEXTS[0], "gold": wrong}]).gold(0)
+
+
+def test_language_models_say_their_texts_without_special_tokens(tmp_path):
+    problem = tiny.causal(tmp_path, query=[{"prompt": "the cat", "completion": "eats fish"}], end=True)
+    assert texts(problem, "train", [2]) == ["the dog"]
+    assert texts(problem, "query", [0]) == ["the cat eats fish"]
+    ids = tiny.causal(tmp_path, train=[{"input_ids": [3, 4]}], query=[{"input_ids": [3, 4]}])
+    assert ids.text("train", 0) == "the a"
+    bare = CausalLM(
+        str(tiny.save(tmp_path / "bare", "GPT-2", tokenizer=False)), *[tiny.lines(tmp_path / "i.jsonl", [{"input_ids": [3]}])] * 2
+    )
+    assert bare.text("train", 0) is None
 
 
 def test_no_more_candidates_than_examples():
