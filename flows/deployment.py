@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 from infra.prefect_api import ApiError
 from infra.settings import quiet_prefect
@@ -23,12 +24,25 @@ if TYPE_CHECKING:
 FLOW = "nightly"
 ENTRYPOINT = "flows.nightly.nightly"
 TAG = "tda"
+#: What a run can be started with instead of what is deployed.
+PARAMETERS = {
+    "title": "Parameters",
+    "type": "object",
+    "properties": {
+        "config": {"title": "config", "position": 0, "description": "a run's configuration, or the path of its TOML file"},
+        "folder": {"title": "folder", "position": 1, "type": "string", "description": "where the problem's module is looked for"},
+    },
+    "required": ["config"],
+}
 #: States, by name, of which --notify tells: also the run that never began (no worker), and the one that an unfinished one kept out.
 TOLD = ("Failed", "Crashed", "TimedOut", "Late", "Cancelled")
 #: Seconds that a worker may take to start a run before its place is given to another.
 START_SECONDS = 600
 SUBJECT = "tda: {{ deployment.name }} is {{ flow_run.state.name }}"
-BODY = "Flow run {{ flow_run.name }} of {{ flow.name }}/{{ deployment.name }}: {{ flow_run.state.message }}\n{{ flow_run|ui_url }}"
+BODY = (
+    "Flow run {{ flow_run.name }} of {{ flow.name }}/{{ deployment.name }}: {{ flow_run.state.message }}"
+    "{% if flow_run|ui_url %}\n{{ flow_run|ui_url }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -71,17 +85,15 @@ def next_firing(cron: str, timezone: str, after: datetime | None = None) -> date
     """
     quiet_prefect()
     from prefect.server.schemas.schedules import CronSchedule
-    from pydantic import ValidationError
 
+    try:
+        ZoneInfo(timezone)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f'--timezone "{timezone}" is not known; give a name such as UTC or Europe/Berlin') from error
     try:
         schedule = CronSchedule(cron=cron, timezone=timezone)
         dates = asyncio.run(schedule.get_dates(n=1, start=after or datetime.now(UTC)))
-    except ValidationError as error:
-        wrong = error.errors()[0]["loc"]
-        if "timezone" in wrong:
-            raise InputError(f'--timezone "{timezone}" is not known; give a name such as UTC or Europe/Berlin') from error
-        raise _wrong_cron(cron) from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:  # pydantic's own is a ValueError
         raise _wrong_cron(cron) from error
     if not dates:
         raise _wrong_cron(cron)
@@ -159,7 +171,8 @@ def _deployment(client: SyncPrefectClient, wanted: Nightly, pool: WorkPool) -> U
         work_pool_name=pool.name,
         schedules=[DeploymentScheduleCreate(schedule=CronSchedule(cron=wanted.cron, timezone=wanted.timezone), active=True)],
         parameters={"config": wanted.config, "folder": wanted.folder},
-        enforce_parameter_schema=False,
+        parameter_openapi_schema=PARAMETERS,
+        enforce_parameter_schema=False,  # the flow says more clearly what is wrong
         tags=[TAG, wanted.config["problem"].rpartition(":")[2]],
         concurrency_limit=1,
         concurrency_options=ConcurrencyOptions(collision_strategy=strategy, grace_period_seconds=START_SECONDS),

@@ -87,11 +87,13 @@ def _is_trained(request: prepare.Request, inputs: prepare.Inputs) -> bool:
 def _attributed(config: RunConfig, request: prepare.Request, inputs: prepare.Inputs, started: float) -> RunSummary:
     """The run itself, as a flow below this one."""
     try:
-        with _followed(), open_cluster(config.cluster.spec()) as client:
+        with _followed() as follower, open_cluster(config.cluster.spec()) as client:
             warming = stages.warm(client, request)
             with attribute.given(attribute.Prepared(started, inputs, client)):
                 del warming
-                return attribute.attribute(config.model_dump(mode="json"))
+                done = attribute.attribute(config.model_dump(mode="json"))
+            follower.finish(done.run_id)
+            return done
     except ShardFailed as error:
         kept = f"what is finished is kept in {request.store}"
         if isinstance(error.cause, InputError):
@@ -100,11 +102,12 @@ def _attributed(config: RunConfig, request: prepare.Request, inputs: prepare.Inp
 
 
 @contextmanager
-def _followed() -> Iterator[None]:
+def _followed() -> Iterator[nightly_told.Follower]:
     """Tell Prefect's progress artifact of every shard."""
-    token = FOLLOWER.set(nightly_told.Follower())
+    follower = nightly_told.Follower()
+    token = FOLLOWER.set(follower)
     try:
-        yield
+        yield follower
     finally:
         FOLLOWER.reset(token)
 

@@ -22,7 +22,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.runtime import deployment  # noqa: E402
 
 SHOWN_QUERIES, SHOWN_EXAMPLES = 5, 3
-LONGEST_TEXT = 60  # characters of an example in a cell
+LONGEST_TEXT = 36  # characters of an example in a cell
 EVERY = 2.0  # seconds between two updates of the progress
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~>:@/])")
 
@@ -42,13 +42,21 @@ class Follower:
         self._id: Any = create_progress_artifact(progress=0.0, key=key("progress"), description="the inputs are examined")
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show it, unless that was done a moment ago; a server that does not answer costs no run."""
-        now = time.monotonic()
-        if self._id is None or (now < self._next and done < total):
+        """Show it, unless that was done a moment ago."""
+        if time.monotonic() >= self._next:
+            self._show(100.0 * done / total, f"{plain(stage)}: {done} of {total} shards")
+            self._next = time.monotonic() + EVERY
+
+    def finish(self, run_id: str) -> None:
+        """Show that all is done."""
+        self._show(100.0, f"run {run_id} is complete")
+
+    def _show(self, percent: float, text: str) -> None:
+        """A server that does not answer costs no run."""
+        if self._id is None:
             return
-        self._next = now + EVERY
         try:
-            update_progress_artifact(self._id, 100.0 * done / total, description=f"{plain(stage)}: {done} of {total} shards")
+            update_progress_artifact(self._id, percent, description=text)
         except Exception as error:  # noqa: BLE001  (whatever it is, the numbers do not depend on it)
             self._id = None
             get_run_logger().warning("progress is not shown any more: %s", error)
@@ -84,14 +92,14 @@ def page(run: Run, reused: Iterable[str]) -> str:
 
 
 def _example(row: Mapping[Hashable, Any], problem: Problem | None) -> str:
-    label = f", label {plain(str(row['label']))}" if "label" in row else ""
-    return f"{_named(int(row['train']), 'train', problem)}{label}: {plain(format(row['score'], '+.3g'))}"
+    label = f" (label {plain(str(row['label']))})" if "label" in row else ""
+    return f"{plain(format(row['score'], '+.3g'))}: {_named(int(row['train']), 'train', problem, label)}"
 
 
-def _named(i: int, split: Literal["train", "query"], problem: Problem | None) -> str:
-    """An example's id, and its beginning where it is a text."""
+def _named(i: int, split: Literal["train", "query"], problem: Problem | None, label: str = "") -> str:
+    """An example's id, its label, and its beginning where it is a text."""
     told = problem.describe(split, i) if problem is not None else None
-    return f"{i} {plain(told)}" if isinstance(told, str) else str(i)
+    return f"{i}{label} {plain(told)}" if isinstance(told, str) else f"{i}{label}"
 
 
 def _problem(run: Run) -> Problem | None:
