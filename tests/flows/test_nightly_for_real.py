@@ -52,7 +52,8 @@ class Server:
 def server(tmp_path: Path) -> Iterator[Server]:
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    environment = os.environ | {
+    # What commands of ours set to be quiet is not what a worker has.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_LOGGING")} | {
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "PREFECT_API_URL": f"{url}/api",
         "PREFECT_SERVER_UI_API_URL": f"{url}/api",
