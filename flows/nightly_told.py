@@ -77,7 +77,9 @@ def page(run: Run, reused: Iterable[str]) -> str:
     lines = [
         f"# Run {plain(run.id)}",
         "",
-        f"Method {plain(method)}. A score is the predicted change of the query's measurement when the example is added.",
+        f"Method {plain(method)}: {plain(str(run.manifest.get('units', {}).get(method, '')), None)}.",
+        "",
+        plain(str(run.manifest.get("sign", "")), None),
         "",
         "| query | most helpful | most harmful |",
         "|---|---|---|",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.states import Pending
 
 from flows import cli
 from flows.nightly import UNCHANGED
@@ -84,6 +85,18 @@ def test_a_second_call_replaces_what_the_first_declared_and_keeps_the_pool(confi
     capsys.readouterr()
     assert tda("nightly", other, "--name", "two") == 0
     assert f"before: of {config}" in capsys.readouterr().out
+
+
+def test_a_run_that_begins_beside_an_unfinished_one_is_cancelled_and_says_so(config: Path) -> None:
+    assert tda("nightly", config, "--name", "alone") == 0
+    with get_client(sync_client=True) as client:
+        first, second = (client.create_flow_run_from_deployment(deployed("alone")[0].id).id for _ in range(2))
+        for each in (first, second):
+            client.set_flow_run_state(each, Pending())
+        assert client.read_flow_run(first).state.is_pending()
+        kept_out = client.read_flow_run(second).state
+    assert kept_out.is_cancelled()
+    assert kept_out.message == "Deployment concurrency limit reached."
 
 
 def test_failures_of_this_deployment_alone_are_told_and_the_hook_is_a_secret(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
