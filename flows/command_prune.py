@@ -34,7 +34,7 @@ def prune(
 
     from tasks.prune import Rules, delete, plan
 
-    found = plan(resolve(store), Rules(keep, ages, _age(grace, "--grace"), datetime.now(UTC)))
+    found = plan(resolve(store), Rules(1 if keep is None else keep, ages, _age(grace, "--grace"), datetime.now(UTC)))
     if not found.all:
         typer.echo(f"nothing to drop in {found.store}: {_staying(found)}")
     else:
@@ -49,7 +49,7 @@ def prune(
     gone = list(delete(found))
     typer.echo(f"dropped {_sum(gone)}; {_staying(found)}")
     if len(gone) < len(found.all):
-        typer.echo(f"{len(found.all) - len(gone)} artifacts came into use meanwhile, and stay")
+        typer.echo(f"left alone, since they came into use meanwhile: {_counted(len(found.all) - len(gone), 'artifact')}")
 
 
 def _age(text: str, option: str) -> timedelta:
@@ -62,12 +62,16 @@ def _age(text: str, option: str) -> timedelta:
 
 
 def _staying(found: Pruning) -> str:
-    return f"{found.staying} complete run{'' if found.staying == 1 else 's'} stay{'s' if found.staying == 1 else ''}"
+    return f"{_counted(found.staying, 'complete run')} {'stays' if found.staying == 1 else 'stay'}"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _sum(some: tuple[Doomed, ...] | list[Doomed]) -> str:
     runs = sum("run" in each.kind.split() for each in some)
-    return f"{runs} runs and {len(some) - runs} artifacts, {_size(sum(each.bytes for each in some))}"
+    return f"{_counted(runs, 'run')} and {_counted(len(some) - runs, 'artifact')}, {_size(sum(each.bytes for each in some))}"
 
 
 def _print(doomed: tuple[Doomed, ...]) -> None:

@@ -23,12 +23,14 @@ _NEVER = datetime.fromtimestamp(0, UTC)
 
 @dataclass(frozen=True)
 class Rules:
-    """What stays. keep: so many of the newest complete runs of each problem; older_than: what is younger; None: does not protect.
+    """What stays. keep: so many of the newest complete runs of each problem, at least 1; older_than: what is younger, where it is not None.
+
+    The newest stays at any age: where nothing changes no newer one is made, and it is what everybody opens.
 
     grace: nothing that was written to within this time is touched, except complete runs; now: what ages are counted from.
     """
 
-    keep: int | None
+    keep: int
     older_than: timedelta | None
     grace: timedelta
     now: datetime
@@ -173,13 +175,9 @@ def _outdated(manifests: Mapping[str, Mapping[str, Any] | None], rules: Rules) -
     for group in groups.values():
         for place, (created, run) in enumerate(sorted(group, reverse=True)):
             age = rules.now - created
-            if rules.keep is not None and place < rules.keep:
+            if place < rules.keep or (rules.older_than is not None and age <= rules.older_than):
                 continue
-            if rules.older_than is not None and age <= rules.older_than:
-                continue
-            why = [f"{place} newer ones of its problem"] * (rules.keep is not None)
-            why += [f"{age.days} days old"] * (rules.older_than is not None)
-            gone[run] = ", ".join(why)
+            gone[run] = f"{_age(age)} old, {place} newer of its problem"
     return gone
 
 

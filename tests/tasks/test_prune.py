@@ -61,20 +61,21 @@ def store(tmp_path: Path) -> Store:
     return made
 
 
-def rules(keep: int | None = None, older: float | None = None) -> Rules:
+def rules(keep: int = 1, older: float | None = None) -> Rules:
     return Rules(keep, None if older is None else older * DAY, DAY, NOW)
 
 
-def dropped(store: Store, *limits: float | None) -> list[str]:
+def dropped(store: Store, *limits: float) -> list[str]:
     return [each.name for each in plan(store.url, rules(*limits)).runs]
 
 
 def test_a_run_goes_where_neither_count_nor_age_protects_it(store: Store) -> None:
     assert dropped(store, 1) == ["a", "b", "c"]
-    assert dropped(store, None, 150) == ["a", "b"]
+    assert dropped(store, 1, 150) == ["a", "b"]
     assert dropped(store, 3, 150) == ["a"]
     assert dropped(store, 1, 250) == ["a"]
-    assert dropped(store, 4) == dropped(store, None, 500) == []
+    assert dropped(store, 1, 5) == ["a", "b", "c"], "the newest stays at any age"
+    assert dropped(store, 4) == dropped(store, 1, 500) == []
 
 
 def test_each_problem_keeps_its_newest(store: Store) -> None:
