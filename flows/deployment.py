@@ -17,6 +17,7 @@ from infra.settings import quiet_prefect
 from tda.errors import InputError, cause
 
 if TYPE_CHECKING:
+    from httpx import Response
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import WorkPool
     from prefect.events.schemas.automations import AutomationCore
@@ -112,6 +113,7 @@ def deploy(wanted: Nightly) -> Deployed:
         ApiError: the server refuses.
     """
     due = next_firing(wanted.cron, wanted.timezone)
+    from httpx import TransportError
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
 
@@ -123,8 +125,17 @@ def deploy(wanted: Nightly) -> Deployed:
             made = _deployment(client, wanted, pool)
             _automate(client, made, wanted, block)
         except PrefectHTTPStatusError as error:
-            raise ApiError(f"the Prefect server refuses: {cause(error)}") from error
+            raise ApiError(_refusal(error.response)) from error
+        except TransportError as error:
+            raise ApiError(f"the Prefect server stopped answering ({cause(error)}); start it and call this again") from error
     return Deployed(made, pool.name, pool.type, was_there, due, replaced)
+
+
+def _refusal(response: Response) -> str:
+    if response.status_code in (401, 403):
+        return f"the Prefect server refuses ({response.status_code}): set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY, to what it expects"
+    said = " ".join(response.text.split())[:200]
+    return f"the Prefect server refuses ({response.status_code}, {said}); is it of the version that `tda doctor` names?"
 
 
 def _pool(client: SyncPrefectClient, name: str) -> tuple[WorkPool, bool]:

@@ -122,6 +122,24 @@ def test_an_event_starts_a_run_of_it(config: Path) -> None:
     assert [(action.type, action.deployment_id) for action in automation.actions] == [("run-deployment", found.id)]
 
 
+def test_a_server_that_does_not_know_us_is_told_with_the_way_in(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from httpx import HTTPStatusError, Request, Response
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    from flows import deployment
+
+    def refuse(*_: object) -> None:
+        request = Request("GET", "http://server/api")
+        refused = HTTPStatusError("401", request=request, response=Response(401, request=request, json={}))
+        raise PrefectHTTPStatusError.from_httpx_error(refused)
+
+    monkeypatch.setattr(deployment, "_pool", refuse)
+    assert tda("nightly", config) == cli.BAD_INPUT
+    assert "refuses (401): set PREFECT_API_AUTH_STRING" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

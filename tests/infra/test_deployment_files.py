@@ -14,9 +14,9 @@ import yaml
 INFRA = Path(__file__).parents[2] / "infra"
 MANIFESTS = sorted(file for file in (INFRA / "kubernetes").glob("*.yaml") if file.name != "kustomization.yaml")
 KUBERNETES = "1.32"
-SECRET = re.compile(r"PASSWORD|SECRET|ACCESS_KEY|TOKEN|_USER$|DATABASE_CONNECTION_URL")
+SECRET = re.compile(r"PASSWORD|SECRET|ACCESS_KEY|TOKEN|AUTH|_USER$|DATABASE_CONNECTION_URL")
 #: What docs/nightly.md tells to create.
-SECRETS = {"prefect-database": {"password", "url"}, "tda-s3": None}
+SECRETS = {"prefect-database": {"password", "url"}, "prefect-access": {"auth"}, "tda-s3": None}
 
 
 class Strict(yaml.SafeLoader):
@@ -89,7 +89,7 @@ def test_docker_compose_accepts_the_file() -> None:
     docker = shutil.which("docker")
     if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode != 0:
         pytest.skip("no docker compose here: its plugin is not installed")
-    environment = dict.fromkeys(("POSTGRES_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "x") | {
+    environment = dict.fromkeys(("POSTGRES_PASSWORD", "PREFECT_API_AUTH_STRING", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "x") | {
         "PATH": "/usr/bin:/usr/local/bin"
     }
     command = [docker, "compose", "-f", INFRA / "compose.yaml", "config", "--quiet"]
