@@ -158,7 +158,7 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
         inputs = ready.inputs
         reused = train(request, inputs)
         decided = plan.plan(request, inputs)
-        if reuse and (finished := _finished(decided)):
+        if reuse and (finished := finished_run(decided)):
             progress.say(f"reused: run {finished}")
             run_url = layout.run(request.store, finished)
             return RunSummary(finished, run_url, location.join(run_url, "report.html"), request.store, ["run"])
@@ -233,7 +233,7 @@ def _score_stage(decided: plan.Plan, earlier: Earlier, inputs: prepare.Inputs, r
     return reused
 
 
-def _finished(decided: plan.Plan) -> str:
+def finished_run(decided: plan.Plan) -> str:
     """The newest complete run with this fingerprint whose methods have these labels; empty where there is none."""
     runs = location.join(decided.request.store, "runs")
     names = location.list_names(runs)

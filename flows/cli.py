@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.exceptions import TyperException
 
+from flows import command_nightly, command_prune
 from flows.arguments import DEFAULT_STORE, Config, OtherStore, Overrides, RunId, Store, readable, same
 
 if TYPE_CHECKING:
@@ -243,6 +244,10 @@ def doctor(store: Store = DEFAULT_STORE) -> int:
     from flows.doctor import examine, print_findings
 
     return 0 if print_findings(examine(store)) else FAILED
+
+
+app.command()(command_nightly.nightly)
+app.command()(command_prune.prune)
 
 
 def _print_summary(summary: "RunSummary") -> None:

@@ -126,7 +126,7 @@ class RunConfig(_Table):
     problem_options: dict[str, Any] = Field(default_factory=dict)
     store: Text = "file:./store"
     checkpoint: Text | None = None
-    """URL or path of a safetensors file; None: the run trains the model."""
+    """URL or path of a safetensors file, with * for the newest of several, or of a .pointer file; None: the run trains the model."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Literal["auto", "float32", "float64"] = "auto"
     """What is computed in; auto: the dtype of problem.model()."""
@@ -163,7 +163,7 @@ class RunConfig(_Table):
         return options
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), store: str | None = None) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), store: str | None = None, *, pin: bool = True) -> RunConfig:
     """Read a run's TOML file.
 
     Args:
@@ -172,6 +172,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), store: str | No
         overrides: "key=value" each, as --set gives them: dotted keys ("cluster.workers=4", "methods.0.damping=0.1"), values in TOML or
             else plain text. They win over the file.
         store: wins over both.
+        pin: a checkpoint that is a pattern or a pointer becomes the file that it means now (`flows.newest`).
 
     Raises:
         InputError: one line that names the file (or --set), the key, the value and the way out.
@@ -186,7 +187,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), store: str | No
         config = RunConfig.model_validate(document)
     except ValidationError as error:
         _refuse(file, error, sources)
-    return _resolved(file, config, sources)
+    resolved = _resolved(file, config, sources)
+    if not pin:
+        return resolved
+    from flows.newest import pinned
+
+    return pinned(resolved)
 
 
 def _read(file: Path) -> dict[str, Any]:

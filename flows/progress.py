@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import count
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+
+#: Who else is told as shards finish, where somebody is: the stage's name, how many of its shards are done, and of how many.
+FOLLOWER: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("follower", default=None)
 
 
 class Progress:
@@ -30,8 +35,14 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:
         """A bar for one stage; the function given advances it by one shard."""
-        bar = self._bars.add_task(name, total=total)
-        yield lambda: self._bars.advance(bar)
+        bar, follow, done = self._bars.add_task(name, total=total), FOLLOWER.get(), count(1)
+
+        def advance() -> None:
+            self._bars.advance(bar)
+            if follow is not None:
+                follow(name, next(done), total)
+
+        yield advance
         if self._bars.disable:
             self._console.print(f"{name}: {total} done", highlight=False)
 

@@ -94,6 +94,25 @@ def embedded_api() -> Iterator[Api]:
         _stop(process)
 
 
+def lasting_server(what: str) -> str:
+    """The URL of the API of a server that outlives this process; it answers. what: who needs it, for the message.
+
+    Raises:
+        ApiError: no setting names a server, or it does not answer.
+    """
+    quiet_prefect()
+    from prefect.settings import PREFECT_API_URL
+
+    url = str(PREFECT_API_URL.value() or "")
+    if not url:
+        raise ApiError(
+            f"{what} needs a Prefect server that stays, and PREFECT_API_URL names none; start one (prefect server start), "
+            "then export PREFECT_API_URL=http://127.0.0.1:4200/api"
+        )
+    _check_answers(url)
+    return url
+
+
 def _check_answers(url: str) -> None:
     """Any answer will do, a refusal too: what Prefect says about it later is clear enough."""
     import httpx

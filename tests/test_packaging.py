@@ -22,7 +22,8 @@ def test_every_data_file_of_a_package_is_shipped() -> None:
     for top in ("flows", "tasks", "tda", "infra"):
         for file in (ROOT / top).rglob("*"):
             if file.is_file() and file.suffix != ".py" and "__pycache__" not in file.parts:
-                package = ".".join(file.parent.relative_to(ROOT).parts)
+                folder = next(parent for parent in file.parents if (parent / "__init__.py").exists())
+                package = ".".join(folder.relative_to(ROOT).parts)
                 assert any(file.match(pattern) for pattern in patterns.get(package, [])), f"{file} is in no package-data"
 
 

@@ -1,0 +1,65 @@
+"""Which artifacts runs and studies name in their manifests, and which must stay although none does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tda import location
+
+#: Ground truth, which takes the longest of all to make again, and which evaluations share beyond what their manifests name.
+OF_EVALUATIONS = ("retrained", "retraining", "untrained")
+#: What a study would have to compute again to be widened; its manifest names its trainings alone.
+OF_STUDIES = ("decomposition", "factors", "ladder_lds", "retrained", "retraining", "spectra")
+#: Made while a run is planned, and named by none: as good as in use while one is under way.
+OF_PLANS = ("averages",)
+
+
+def names_of_run(url: str, manifest: Mapping[str, Any] | None) -> set[str]:
+    """Every fingerprint and digest that a run, its members and its stages name, and its evaluations. Digests: of checkpoints' weights.
+
+    An artifact is kept for its name alone, whatever its kind: fingerprints of different kinds do not meet.
+    """
+    if not manifest:
+        return set()
+    stages = [stage.get("fingerprints", {}) for stage in manifest.get("stages", {}).values()]
+    return {*_texts([manifest.get("fingerprints", {}), manifest.get("members", []), stages]), *_evaluated(url)}
+
+
+def _evaluated(url: str) -> Iterator[str]:
+    folder = location.join(url, "evaluation")
+    names = location.list_names(folder)
+    for found in location.read_json_many([location.join(folder, name, "complete.json") for name in names]):
+        if found and found.get("retraining"):
+            yield str(found["retraining"])
+
+
+def names_of_studies(store: str) -> set[str]:
+    """The artifacts that the studies of a store name: their trainings."""
+    folder = location.join(store, "studies")
+    found = location.read_json_many([location.join(folder, name, "study.json") for name in location.list_names(folder)])
+    return {str(point.get("checkpoint", "")) for study in found for point in (study or {}).get("points", [])}
+
+
+def kept_kinds(store: str, runs: Sequence[str], *, unfinished: int) -> dict[str, str]:
+    """Kinds of artifacts of which none may go, with the reason. runs: URLs of those that stay; unfinished: how many are under way."""
+    held: dict[str, str] = {}
+    if unfinished:
+        held |= dict.fromkeys(OF_PLANS, "a run is under way")
+    if any(location.list_names(location.join(url, "evaluation")) for url in runs):
+        held |= dict.fromkeys(OF_EVALUATIONS, "a run that stays was evaluated, and evaluations share what was retrained")
+    if location.list_names(location.join(store, "studies")):
+        held |= dict.fromkeys(OF_STUDIES, "the store holds studies, which share it; give studies a store of their own")
+    return held
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested lists and tables; the keys of tables are titles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _texts(inner)
