@@ -114,8 +114,11 @@ def results_attrs(plan: Plan, run_id: str) -> dict[str, Any]:
 
 def described(plan: Plan) -> dict[str, Any]:
     """The plan's fingerprints, for the manifest; of an ensemble's artifacts those of the first member."""
+    chosen = plan.candidates
+    urls = [chosen.url, *(job.url for job in chosen.embedded)] if chosen else []
     return {
         **plan.first.fingerprints(),
+        **({"candidates": [url.rpartition("/")[2] for url in urls]} if urls else {}),
         "train_data": plan.inputs.train,
         "query_data": plan.inputs.query,
         "problem": plan.inputs.problem,

@@ -9,7 +9,8 @@ from transformers import BertModel
 
 import tda
 from flows import cli
-from tda.results import NotStored, Run
+from tasks.uses import OF_PLANS, names_of_run
+from tda.results import NotStored, Run, list_runs, open_run
 from tests.flows.runs import PROBLEM, attribute, command, finished, objects, wait_until, write_config
 from tests.tda import language_models as tiny
 
@@ -187,6 +188,18 @@ def test_candidates_are_found_once(runs: dict[str, Run], tmp_path: Path, single:
     assert again.id != own.id
     np.testing.assert_array_equal(again.candidates["candidate_id"], own.candidates["candidate_id"])
     assert stage.manifest["candidates"]["fingerprint"] != own.manifest["candidates"]["fingerprint"]
+
+
+def test_a_run_names_every_artifact_it_made_so_that_none_is_pruned_while_it_stays(runs: dict[str, Run]) -> None:
+    named = {name for run in list_runs(runs["whole"].store)["run"] for name in _named(open_run(runs["whole"].store, run))}
+    root = Path(runs["whole"].store.removeprefix("file://")) / "artifacts"
+    made = {path.name: path.parent.name for path in root.glob("*/*") if path.parent.name not in (*OF_PLANS, "checkpoint")}
+    assert {"candidates", "embeddings", "factors", "directions", "trajectories"} <= set(made.values())
+    assert {name: kind for name, kind in made.items() if name not in named} == {}
+
+
+def _named(run: Run) -> set[str]:
+    return names_of_run(run.url, run.manifest)
 
 
 def test_the_example_of_the_page_runs(tmp_path: Path, single: str) -> None:
