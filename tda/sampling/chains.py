@@ -52,7 +52,7 @@ class Landscape:
 
     @property
     def how(self) -> str:
-        """How chains advance: "products", "vmap" or "one by one: <why>"."""
+        """How chains advance: "products", "vmap", "compiled" or "one by one: <why>"."""
         return self.ensemble.how
 
 
@@ -62,12 +62,12 @@ def landscape(attributed: Attributed, sampling: Sampling, dataset: Any) -> Lands
     The dataset is held in memory, in the model's dtype and on its device, as one batch.
 
     Raises:
-        InputError: the batch is larger than the data, or the model has no loss per example in eval mode.
+        InputError: the batch is larger than the data, the model has no loss per example in eval mode, or cannot be compiled as asked.
     """
     data = load_all(attributed.problem, dataset, next(attributed.model.parameters()))
     size = sampling.batch(len(data.targets))
     check_model(attributed, data, size)
-    made = ensemble(attributed, data, min(sampling.together, sampling.chains))
+    made = ensemble(attributed, data, sampling)
     return Landscape(sampling, made, made.center(), made.prepare(data))
 
 

@@ -1,7 +1,7 @@
 """Many copies of one model whose moving weights are the rows of one matrix: their gradients, and their outputs.
 
-Three ways, chosen by what the model is, never by the machine: batched products written by hand for multilayer perceptrons
-(`tda.sampling.perceptrons`), torch's vmap, and one model after another. Shape suffixes: C chains (or any copies), D numbers of a model
+Four ways, chosen by what the model is: batched products written by hand for multilayer perceptrons (`tda.sampling.perceptrons`), torch's
+vmap, one model after another, and that compiled (`tda.sampling.compiled`), where it is asked for or long runs earn it back. Shape suffixes: C chains (or any copies), D numbers of a model
 that move, B examples of a batch.
 """
 
@@ -17,9 +17,10 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from tda.attributed import Attributed
-from tda.errors import cause
+from tda.errors import InputError, cause
 from tda.problem import Batch
 from tda.sampling.kernels import Kernels
+from tda.sampling.options import Sampling
 from tda.stacked import Predict
 
 #: A batch (C, B, ...) and where each chain's mean loss (C,) is to be written; the gradient goes where its maker was told.
@@ -33,7 +34,7 @@ class Ensemble(Protocol):
 
     @property
     def how(self) -> str:
-        """How they are computed: "products", "vmap" or "one by one: <why>"."""
+        """How they are computed: "products", "vmap", "compiled" or "one by one: <why>"."""
 
     def center(self) -> Tensor:
         """The model's own moving weights, (D,)."""
@@ -51,21 +52,34 @@ class Ensemble(Protocol):
         """Every copy's outputs of one prepared batch, (C, B, ...), without gradients."""
 
 
-def ensemble(attributed: Attributed, data: Batch, together: int) -> Ensemble:
-    """The fastest way to advance so many chains of a model together. `data`: some examples, on which vmap is tried."""
+def ensemble(attributed: Attributed, data: Batch, sampling: Sampling) -> Ensemble:
+    """The fastest way to advance a group's chains of a model together. `data`: the training examples; some are used to try a way.
+
+    Raises:
+        InputError: `compiled` is true, and the model cannot be compiled.
+    """
+    from tda.sampling.compiled import Compiled, worth_compiling
     from tda.sampling.perceptrons import Perceptrons
 
     found = Perceptrons.of(attributed, data)
     if found is not None:
         return found
     alone = OneByOne(attributed, "a chain on its own")
-    if together == 1:
-        return alone
+    not_compiled = ""
+    if sampling.compiled is True or (sampling.compiled == "auto" and worth_compiling(sampling, alone.numbers, data, alone.likelihood)):
+        try:
+            return Compiled(attributed, data, sampling.batch(len(data.targets)))
+        except InputError as error:
+            if sampling.compiled is True:
+                raise InputError(f'compiled is true, but {error}; set it to false or "auto"') from error
+            not_compiled = f"; not compiled: {error}"
+    if min(sampling.together, sampling.chains) == 1:
+        return OneByOne(attributed, f"a chain on its own{not_compiled}")
     if alone.numbers > STACKED:
-        return OneByOne(attributed, f"{alone.numbers:,} parameters are enough to fill a device")
+        return OneByOne(attributed, f"{alone.numbers:,} parameters are enough to fill a device{not_compiled}")
     stacked = Stacked(attributed)
     why = _differs(stacked, alone, data)
-    return OneByOne(attributed, why) if why else stacked
+    return OneByOne(attributed, why + not_compiled) if why else stacked
 
 
 def _differs(stacked: Stacked, alone: OneByOne, data: Batch) -> str:

@@ -32,6 +32,7 @@ class Sampling:
     step_size, n_beta and localization are epsilon, n beta and gamma of 2509.26544; STEP_SIZE_CONVENTION says how they enter. Kept draw k
     (from 0) is taken after step burn_in + (k + 1) thinning. batch_size: examples of a step, or "full": all, in their own order.
     together: chains that one task advances at once; it changes the rounding alone. segment: kept draws between two stored states.
+    compiled: whether steps and evaluations are compiled (`tda.sampling.compiled`), which changes the rounding alone, too.
 
     Raises:
         InputError: a number is out of its range.
@@ -49,10 +50,13 @@ class Sampling:
     seed: int = 0
     together: int = 4
     segment: int = 100
+    compiled: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         if self.sampler not in ("sgld", "rmsprop"):
             raise InputError(f'sampler must be "sgld" or "rmsprop", got {self.sampler!r}')
+        if self.compiled not in (True, False, "auto"):
+            raise InputError(f'compiled must be true, false or "auto", got {self.compiled!r}')
         above = "it must be above 0"
         _number("step_size", self.step_size, lambda value: value > 0, f"{above}; 1e-6 to 1e-4 is usual, and `tda sample --tune` chooses it")
         _number("n_beta", self.n_beta, lambda value: value > 0, f"{above}; 100 to 1000 is usual")

@@ -6,6 +6,7 @@ of many. Shape suffixes: C chains, T draws, D numbers of a model that move, n tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tda.attributed import Attributed
+from tda.errors import InputError
 from tda.problem import Batch, Problem, measurement_of
 from tda.recipe import load_all
 from tda.sampling.chains import ChainState, Landscape, advance, lose
+from tda.sampling.compiled import Compiled
 from tda.sampling.ensembles import Ensemble, OneByOne, Stacked
 from tda.sampling.losses import example_losses, measurements, token_losses
 from tda.sampling.options import Piece
@@ -25,6 +28,8 @@ from tda.sampling.options import Piece
 CACHED = 1 << 18
 #: ... but so many of one copy, where copies are evaluated one after another: Python costs as much as a small product does.
 ALONE = 1 << 21
+#: Of a compiled evaluation: what lies between two of its products should stay in the cache.
+COMPILED = 1 << 19
 #: Numbers of weights that wait for their evaluation, and draws that they may be.
 WAITING, DRAWS = 1 << 16, 32
 
@@ -54,7 +59,7 @@ class Recorder:
         """`train` must be what the landscape was made of. tokens: keep the losses of single tokens, too.
 
         Raises:
-            InputError: tokens of a likelihood that has none.
+            InputError: tokens of a likelihood that has none; an evaluation cannot be compiled, and `compiled` is true.
         """
         self.landscape, self.width = landscape, _widest(attributed, train)
         # Products of several copies are worth it only while one copy's are small.
@@ -64,6 +69,10 @@ class Recorder:
         self.train = _Split(attributed.problem, self.ensemble, landscape.data, measured=False, tokens=tokens)
         loaded = load_all(attributed.problem, queries, next(attributed.model.parameters()))
         self.query = _Split(attributed.problem, self.ensemble, landscape.ensemble.prepare(loaded), measured=True, tokens=tokens)
+        if isinstance(self.ensemble, Compiled):
+            size = even(len(self.train.data.targets), len(self.query.data.targets), max(1, COMPILED // self.width))
+            for split in (self.train, self.query):
+                split.compile(self.ensemble, size, needed=landscape.sampling.compiled is True)
         for split in (self.train, self.query):
             split.base = {name: value[0, 0] for name, value in split.values(landscape.center[None], self._examples(1)).items()}
 
@@ -144,6 +153,16 @@ class _Split:
         self.name, self.measured = ("query" if measured else "train"), measured
         self.own = measured and measurement_of(problem)["name"] != "loss"
         self.base: dict[str, Tensor] = {}
+        self.program: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
+        self.size = 0
+
+    def compile(self, ensemble: Compiled, size: int, *, needed: bool) -> None:
+        """Evaluate by a compiled program, `size` examples at a time; unless that is `needed`, what cannot be compiled stays as it is."""
+        try:
+            self.program, self.size = ensemble.evaluation(self._of, self._part(0, size, size)), size
+        except InputError as error:
+            if needed:
+                raise InputError(f'compiled is true, but of an evaluation {error}; set it to false or "auto"') from error
 
     def empty(self, chains: int, draws: int) -> dict[str, Tensor]:
         """Where the values of so many draws go."""
@@ -161,30 +180,47 @@ class _Split:
                 self.values(weights_D[None], examples, {name: place[c : c + 1, t : t + 1] for name, place in into.items()})
             return {}
         parts: dict[str, list[Tensor]] = {}
+        examples = self.size or examples
         for first in range(0, len(self.data.targets), examples):
-            where = slice(first, first + examples)
-            some = Batch(tree_map(lambda leaf, where=where: leaf[where], self.data.inputs), self.data.targets[where])
-            for name, value in self._some(weights_MD, some).items():
+            where = slice(first, min(first + examples, len(self.data.targets)))
+            for name, value in self._some(weights_MD, self._part(first, examples, self.size)).items():
                 if into is None:
-                    parts.setdefault(name, []).append(value[:, None])
+                    parts.setdefault(name, []).append(value[:, None, : where.stop - first])
                     continue
                 place = into[name]
-                apart = value.sub_(self.base[name][where]).unflatten(0, (place.shape[1], place.shape[0]))
+                # Not in place: two values of a program may be one tensor.
+                apart = (value[:, : where.stop - first] - self.base[name][where]).unflatten(0, (place.shape[1], place.shape[0]))
                 place[:, :, where].copy_(apart.transpose(0, 1))
         return {name: torch.cat(values, 2) for name, values in parts.items()}
 
+    def _part(self, first: int, examples: int, least: int) -> Batch:
+        """So many examples from `first` on, or those that are left; the last of them again and again, up to the `least` of a program."""
+        ids: Any = slice(first, first + examples)
+        if len(self.data.targets) - first < least:
+            ids = torch.arange(first, first + least, device=self.data.targets.device).clamp_(max=len(self.data.targets) - 1)
+        return Batch(tree_map(lambda leaf: leaf[ids], self.data.inputs), self.data.targets[ids])
+
     def _some(self, weights_MD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        outputs = self.ensemble.outputs(weights_MD, batch)
+        if self.program is not None:
+            return self.program(weights_MD, batch)
+        return self._of(self.ensemble.outputs(weights_MD, batch), batch.targets)
+
+    def _of(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         found, likelihood, name = {}, self.problem.likelihood, self.name
         if self.tokens:
-            found[f"token_loss_{name}"] = token_losses(likelihood, outputs, batch.targets)
+            found[f"token_loss_{name}"] = token_losses(likelihood, outputs, targets)
             found[f"loss_{name}"] = found[f"token_loss_{name}"].sum(2)
         else:
-            found[f"loss_{name}"] = example_losses(likelihood, outputs, batch.targets)
+            found[f"loss_{name}"] = example_losses(likelihood, outputs, targets)
         if self.measured:
-            own = self.own
-            found["measurement_query"] = measurements(self.problem, outputs, batch.targets) if own else found[f"loss_{name}"].clone()
+            found["measurement_query"] = measurements(self.problem, outputs, targets) if self.own else found[f"loss_{name}"].clone()
         return found
+
+
+def even(train: int, queries: int, most: int) -> int:
+    """Examples of one evaluation of both splits, between half of `most` and `most`: as few as possible are evaluated twice over."""
+    sizes = range(max(1, most // 2), most + 1)
+    return min(reversed(sizes), key=lambda size: -(-train // size) * size + -(-queries // size) * size)
 
 
 def _widest(attributed: Attributed, dataset: Any) -> int:
