@@ -18,7 +18,7 @@ HEAD = ["method", "chains", "R-hat, largest", "effective draws, least", "learnin
 #: Options that `tda sample --tune` chooses, in the order in which it prints them.
 CHOSEN = ("sampler", "step_size", "localization", "n_beta", "burn_in", "draws", "thinning", "chains", "batch_size")
 #: Those that it leaves as they were asked for.
-OTHERS = ("normalized", "tokens", "together", "segment")
+OTHERS = ("normalized", "tokens", "together", "segment", "compiled")
 
 
 def print_sampled(found: Sequence[Sampled]) -> None:

@@ -179,7 +179,9 @@ class Cutter:
             return _retraining(store, asked.problem, asked.options, fit.of, self.request.seed, asked.dtype, seen)
         if fit.kind == "chains":
             options = json.dumps(json.loads(fit.of) | {"seed": self.seed}, sort_keys=True)
-            key = fingerprint("trajectories", options=options, query=self.inputs.query, **self._common(self.subject))
+            # Chains multiply in their own way, and a linearisation's batch is rounding: neither makes other chains.
+            common = {name: value for name, value in self._common(self.subject).items() if name not in ("products", "batch")}
+            key = fingerprint("trajectories", options=options, query=self.inputs.query, **common)
             return SampleJob(layout.artifact(store, "trajectories", key), self.subject, options, examples, self.inputs.queries, self.batch)
         subjects: tuple[Subject, ...] = (self.subject,)
         if fit.segment is not None:

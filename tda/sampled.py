@@ -11,7 +11,7 @@ import xarray as xr
 
 from tda import location, schema
 from tda.errors import InputError
-from tda.sampling.covariance import covariance
+from tda.sampling.covariance import CORRELATION, covariance
 from tda.sampling.stored import Trajectories, open_trajectories
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def trajectories(run: Run, method: str | None, member: int) -> xr.Dataset:
     data = lazy(group)
     known = run.scored()
     coords = {name: known.coords[name] for name in ("train", "query", "train_label", "query_label") if name in known.coords}
-    sampling = {key: value for key, value in found.told["sampling"].items() if key not in ("together", "segment")}
+    sampling = {key: value for key, value in found.told["sampling"].items() if key not in ("together", "segment", "compiled")}
     attrs = sampling | {"step_size_convention": found.told["step_size_convention"], "lost": found.told["lost"]}
     attrs |= {"diagnostics": location.read_json(location.join(found.url, "diagnostics.json"))}
     return data.assign_coords(coords).assign_coords(chain=np.arange(found.sampling.chains)).assign_attrs(attrs)
@@ -73,9 +73,11 @@ def token_influence(run: Run, query: int, train: Sequence[int], method: str | No
     found = stored(run, method, member)
     if not found.told["tokens"]:
         raise NotStored(f"run {run.id} has no losses of single tokens; tokens = true in the method's table stores them")
-    values = token_scores(found, query, list(train), by_query_token=by_query_token)
+    title = method or [title for title in run.methods if _samples(run, title)][-1]
+    normalized = run.manifest["units"][title] == CORRELATION
+    values = token_scores(found, query, list(train), by_query_token=by_query_token, normalized=normalized)
     dims = ("train", "train_token", "query_token")[: values.ndim]
-    attrs: dict[str, Any] = {"units": schema.UNITS, "sign": schema.SIGN, "query": int(query)}
+    attrs: dict[str, Any] = {"units": CORRELATION if normalized else schema.UNITS, "sign": schema.SIGN, "query": int(query)}
     return xr.DataArray(values, dims=dims, coords={"train": list(train)}, attrs=attrs, name="token_influence")
 
 
@@ -88,14 +90,18 @@ def _samples(run: Run, method: str | None) -> bool:
     return method in found if method is not None else bool(found)
 
 
-def token_scores(found: Trajectories, query: int, train: Sequence[int], *, by_query_token: bool = False) -> np.ndarray[Any, Any]:
+def token_scores(
+    found: Trajectories, query: int, train: Sequence[int], *, by_query_token: bool = False, normalized: bool = False
+) -> np.ndarray[Any, Any]:
     """-(n_beta / N) Cov of the losses of single tokens with a query's measurement (train, token), or with its tokens' losses.
 
     (train, train_token, query_token) float32 with by_query_token; in units of the measurement, or of the loss. They add up over tokens to
-    the sequence's influence, where the measurement is the loss.
+    the sequence's influence, where the measurement is the loss. normalized: -Corr of the same, each in [-1, 1], which do not add up; 0
+    where there is no label.
     """
     tokens = found.columns("token_loss_train", train)
     asked = found.columns("token_loss_query", [query])[:, :, 0] if by_query_token else found.measurement([query])
-    scores = -found.scale * torch.movedim(covariance(tokens, asked)[0], 0, -1)
+    factor = -1.0 if normalized else -found.scale
+    scores = factor * torch.movedim(covariance(tokens, asked, normalized=normalized)[0], 0, -1)
     whole: np.ndarray[Any, Any] = (scores if by_query_token else scores[..., 0]).numpy()
     return whole

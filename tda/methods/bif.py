@@ -16,7 +16,7 @@ from tda.likelihoods import TokenCategorical
 from tda.methods.method import INFLUENCE_UNIT, Method
 from tda.methods.options import SaneDamping
 from tda.methods.work import Fit, Made, Work
-from tda.sampling.covariance import covariance, series
+from tda.sampling.covariance import CORRELATION, covariance, series
 from tda.sampling.settle import given
 from tda.scoring import Directly
 
@@ -43,7 +43,8 @@ class Bif(Method):
     To leading order the damped influence with damping = localization / n_beta; no gradient but the sampler's is taken. "auto": n_beta is
     N, at most 21 batches; localization and step_size follow from the curvature at the checkpoint (`tda.sampling.settle`), and from
     `damping` where one is given. What they came to is stored with the chains. normalized: the posterior correlation instead, without
-    unit. tokens: losses of single tokens are stored too.
+    unit. tokens: losses of single tokens are stored too. compiled: steps and evaluations by compiled programs; "auto": where a group of
+    chains has work for minutes and there is a compiler.
     """
 
     name: Literal["bif"] = "bif"
@@ -60,6 +61,7 @@ class Bif(Method):
     normalized: bool = False
     together: int = 4
     segment: int = 100
+    compiled: bool | Literal["auto"] = "auto"
     tokens: bool = False
     stochastic: ClassVar[bool] = True
     has_stderr: ClassVar[bool] = True
@@ -70,7 +72,7 @@ class Bif(Method):
     @property
     def unit(self) -> str:  # type: ignore[override]  # of one option here, of the class elsewhere
         """Of its scores."""
-        return "correlation" if self.normalized else INFLUENCE_UNIT
+        return CORRELATION if self.normalized else INFLUENCE_UNIT
 
     @property
     def fits(self) -> tuple[Fit, ...]:

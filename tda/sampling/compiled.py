@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,9 +164,21 @@ def _made(flat: Callable[..., list[Tensor]], inputs: list[Tensor], kernels: Kern
         warnings.simplefilter("ignore")
         with kernels:
             graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        made = inductor.compile(graph, inputs)
-        made(*inputs)
+        with _in_order():
+            made: Callable[..., list[Tensor]] = inductor.compile(graph, inputs)  # type: ignore[assignment]
+            made(*inputs)
     return made
+
+
+@contextmanager
+def _in_order() -> Iterator[None]:
+    """What is added up at places that numbers say is left to torch's kernels: the compiler's threads would do it in any order."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
 class _Recorded(Kernels):

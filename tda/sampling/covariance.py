@@ -43,6 +43,8 @@ from torch import Tensor
 from tda.errors import InputError
 from tda.products import fast_float32
 
+#: The unit of normalized scores.
+CORRELATION = "correlation"
 #: Stretches of draws per chain: few enough that each is long beside the memory of the chain.
 BATCHES = 4
 

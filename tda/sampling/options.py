@@ -59,7 +59,7 @@ class Sampling:
             raise InputError(f'compiled must be true, false or "auto", got {self.compiled!r}')
         above = "it must be above 0"
         _number("step_size", self.step_size, lambda value: value > 0, f"{above}; 1e-6 to 1e-4 is usual, and `tda sample --tune` chooses it")
-        _number("n_beta", self.n_beta, lambda value: value > 0, f"{above}; 100 to 1000 is usual")
+        _number("n_beta", self.n_beta, lambda value: value > 0, f'{above}; "auto" is N, the training examples, at most 21 batches')
         _number("localization", self.localization, lambda value: value >= 0, "it must be at least 0; damping x n_beta matches a damping")
         for name in ("chains", "draws", "thinning", "together", "segment"):
             _whole(name, getattr(self, name), 1, "give a whole number of at least 1")

@@ -77,6 +77,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, default in (("chains", 1), ("draws", 20), ("threads", 1), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--onednn", action="store_true", help="the peer's float32 products on oneDNN")
+    parser.add_argument("--compiled", action="store_true", help="ours, compiled")
     found = parser.parse_args(argv)
     torch.set_num_threads(found.threads)
     return found

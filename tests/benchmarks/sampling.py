@@ -5,7 +5,8 @@
 
 Draws per second, the losses of all train and query examples evaluated at every one of them and written to Zarr, of one and of eight
 chains: median seconds and the ratio pair by pair, of wall time and of processor time (which others on the machine touch less). Same
-models, weights, settings, float32 and threads (`sampled.py`). --onednn: the peer's products on oneDNN, too, as ours are.
+models, weights, settings, float32 and threads (`sampled.py`). What is done once is in neither side's seconds: of ours, the seconds
+before chains can start, a compiler's for GPTs, are a column of their own, and --plain does without it. --onednn: the peer's products on oneDNN, too, as ours are.
 """
 
 import argparse
@@ -30,12 +31,13 @@ def measure(case: str, chains: int, options: argparse.Namespace) -> dict[str, An
     mine, peer = (draws if chains == 1 else draws // 4 for draws in DRAWS[case])
     common = ["--case", case, "--chains", str(chains)]
     theirs = ["--draws", str(peer), *common, *(["--onednn"] if options.onednn else [])]
+    ours = ["--draws", str(mine), *common, *([] if options.plain or case == "mlp" else ["--compiled"])]
     sides: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
     for _ in range(options.pairs):
-        sides["ours"].append(run(Path(sys.executable), "ours_sampling", ["--draws", str(mine), *common], options.threads))
+        sides["ours"].append(run(Path(sys.executable), "ours_sampling", ours, options.threads))
         sides["theirs"].append(run(options.peer, "peer_devinterp", theirs, options.threads))
     row: dict[str, Any] = {"case": case, "chains": chains, "pairs": options.pairs, "threads": options.threads, "onednn": options.onednn}
-    row["how"] = sides["ours"][0]["how"]
+    row |= {"how": sides["ours"][0]["how"], "warm_up": statistics.median(each["warm_up"] for each in sides["ours"])}
     for clock in ("seconds", "processor"):
         each = {side: [r[clock] / r["draws"] for r in found] for side, found in sides.items()}
         ratios = [b / a for a, b in zip(each["ours"], each["theirs"], strict=True)]
@@ -47,7 +49,7 @@ def measure(case: str, chains: int, options: argparse.Namespace) -> dict[str, An
 def show(rows: list[dict[str, Any]]) -> None:
     """The table."""
     table = Table(title="Draws of a chain per second: ours / devinterp 2.0.1", title_justify="left")
-    for column in ("case", "chains", "advance", "wall", "x", "range", "processor", "x", "range"):
+    for column in ("case", "chains", "advance", "warm-up s", "wall", "x", "range", "processor", "x", "range"):
         table.add_column(column, justify="left" if column in ("case", "advance") else "right")
     for row in rows:
         clocks = []
@@ -55,7 +57,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             found = row[clock]
             low, high = found["ratio_range"]
             clocks += [f"{found['ours']:.3g} / {found['theirs']:.3g}", f"{found['ratio']:.1f}", f"{low:.1f}-{high:.1f}"]
-        table.add_row(row["case"] + (", both on oneDNN" if row["onednn"] else ""), str(row["chains"]), row["how"].split(":")[0], *clocks)
+        table.add_row(row["case"] + (", both on oneDNN" if row["onednn"] else ""), str(row["chains"]), row["how"].split(":")[0], f"{row['warm_up']:.1f}", *clocks)
     Console(width=140).print(table)
 
 
@@ -67,6 +69,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--onednn", action="store_true", help="the peer's float32 products on oneDNN, too")
+    parser.add_argument("--plain", action="store_true", help="our GPTs without the compiler")
     parser.add_argument("--peer", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", help="the peer's Python")
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args(argv)

@@ -1,0 +1,134 @@
+"""Compiled chains are the same chains: other programs of the same numbers, and where there can be none it is said or done without."""
+
+import pytest
+import torch
+from torch import nn
+
+import tda
+from tda.modules import inspect
+from tda.sampling import compiled
+from tda.sampling.chains import advance, landscape, start, state_from, state_tensors
+from tda.sampling.compiled import apart, worth_compiling
+from tda.sampling.options import Sampling
+from tda.sampling.recording import even
+from tests.tda.sampling.landscapes import Residual, classes, mlp, words
+from tests.tda.sampling.test_recording import run
+
+NUMBERS = {"step_size": 1e-4, "n_beta": 100.0, "localization": 30.0, "batch_size": 8, "draws": 3, "thinning": 2, "burn_in": 2, "chains": 3}
+
+needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="needs a C++ compiler")
+
+
+class Padded(nn.Module):
+    """An embedding whose last word is padding, and attention that no later word is seen by."""
+
+    def __init__(self):
+        super().__init__()
+        self.word, self.joint, self.head = nn.Embedding(11, 8, padding_idx=10), nn.Linear(8, 24), nn.Linear(8, 11)
+
+    def forward(self, ids):
+        states = self.word(ids)
+        q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in self.joint(states).chunk(3, 2))
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(nn.functional.gelu(states + seen.transpose(1, 2).flatten(2)))
+
+
+def padded(dtype):
+    problem, _ = words(dtype)
+    torch.manual_seed(0)
+    problem.made = Padded().to(dtype)
+    problem.measurement = lambda outputs, targets: outputs.double().amax(2).sum(1)
+    return problem, inspect(problem, problem.made, problem.train_data())
+
+
+@needs_compiler
+def test_compiled_steps_are_those_that_are_not_and_the_same_bits_beside_others_with_more_threads_and_taken_up_again():
+    problem, attributed = padded(torch.float64)
+    shared, plain = (landscape(attributed, Sampling(**NUMBERS, together=3, compiled=how), problem.train_data()) for how in (True, False))
+    assert shared.how == "compiled"
+    (whole, losses), (truth, plain_losses) = (advance(each, start(each, range(3)), 8) for each in (shared, plain))
+    torch.testing.assert_close(whole.weights, truth.weights, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-12, atol=1e-12)
+    assert float((whole.weights - shared.center).norm()) > 0.1
+    assert torch.equal(advance(shared, start(shared, [2]), 8)[0].weights[0], whole.weights[2])
+    # Nothing of another landscape is used: what a worker makes that takes the chains up.
+    fresh = landscape(attributed, shared.sampling, problem.train_data())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        again = advance(fresh, state_from(state_tensors(advance(shared, start(shared, range(3)), 3)[0])), 8)[0]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(again.weights, whole.weights)
+
+
+@needs_compiler
+@pytest.mark.soak
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-10), (torch.float32, 3e-5)])
+def test_compiled_evaluations_are_those_that_are_not(dtype, rounding):
+    problem, attributed = padded(dtype)
+    found, truth = (
+        run(problem, attributed, Sampling(**NUMBERS, together=3, segment=2, compiled=how), range(3), tokens=True)[2] for how in (True, False)
+    )
+    assert found.keys() == truth.keys()
+    for name, value in truth.items():
+        assert float(value.abs().max()) > 1e-6, name
+        torch.testing.assert_close(found[name], value, rtol=rounding, atol=max(rounding, 1e-6) * float(value.abs().max()), msg=name)
+
+
+class Looks(Residual):
+    """What cannot be recorded: it looks at a number."""
+
+    def forward(self, x):
+        return super().forward(x) * (1.0 if float(x.sum()) > -1e9 else 2.0)
+
+
+def test_what_cannot_be_compiled_is_refused_where_it_was_asked_for_and_told_where_it_was_not(monkeypatch):
+    problem, attributed = classes(Looks)
+    with pytest.raises(tda.InputError, match=r'^compiled is true, but the model cannot be compiled: .*; set it to false or "auto"$') as refused:
+        landscape(attributed, Sampling(**NUMBERS, compiled=True), problem.train_data())
+    assert "\n" not in str(refused.value)
+    monkeypatch.setattr(compiled, "WORTH", 0.0)
+    monkeypatch.setattr(compiled, "compiler", lambda: "g++")
+    for together in (1, 3):
+        shared = landscape(attributed, Sampling(**NUMBERS, together=together, compiled="auto"), problem.train_data())
+        assert shared.how.startswith("one by one: ")
+        assert "; not compiled: the model cannot be compiled: " in shared.how
+
+
+def test_without_a_compiler_it_is_said_and_auto_does_without(monkeypatch):
+    problem, attributed = classes(Residual)
+    monkeypatch.setattr(compiled, "compiler", lambda: None)
+    with pytest.raises(tda.InputError, match=r"compiled is true, but no C\+\+ compiler was found"):
+        landscape(attributed, Sampling(**NUMBERS, compiled=True), problem.train_data())
+    monkeypatch.setattr(compiled, "WORTH", 0.0)
+    assert landscape(attributed, Sampling(**NUMBERS, compiled="auto"), problem.train_data()).how == "vmap"
+
+
+def test_auto_compiles_for_work_of_minutes_alone(monkeypatch):
+    monkeypatch.setattr(compiled, "compiler", lambda: "g++")
+    targets = torch.zeros(256, 32, dtype=torch.int64)
+    data, likelihood = tda.Batch(targets, targets), tda.TokenCategorical()
+    few, many = (Sampling(**NUMBERS | {"draws": draws, "thinning": 10, "batch_size": 32}, together=4) for draws in (10, 1000))
+    assert not worth_compiling(few, 115_000, data, likelihood)
+    assert worth_compiling(many, 115_000, data, likelihood)
+    assert not worth_compiling(many, 100, data, likelihood)
+    assert not worth_compiling(many, 115_000, tda.Batch(targets, targets[:, 0]), tda.Categorical())
+
+
+def test_perceptrons_keep_their_products_and_a_program_that_differs_is_not_used():
+    problem, attributed = classes(mlp)
+    assert landscape(attributed, Sampling(**NUMBERS, compiled=True), problem.train_data()).how == "products"
+    one, other = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.001])
+    assert not apart([one], [one + 1e-7], torch.float32)
+    assert apart([one], [other], torch.float32) == "numbers differ by 5.0e-04 from the model's own"
+    assert apart([one], [other[:1]], torch.float32)
+    assert apart([one * torch.nan], [one], torch.float32)
+
+
+@pytest.mark.parametrize(("train", "queries", "most"), [(256, 32, 64), (1437, 360, 100), (5, 3, 100), (20, 4, 1), (7, 7, 8)])
+def test_evaluations_of_one_size_waste_little(train, queries, most):
+    size = even(train, queries, most)
+    assert max(1, most // 2) <= size <= most
+    wasted = -train % size + -queries % size
+    assert all(wasted <= -train % other + -queries % other for other in range(max(1, most // 2), most + 1))
