@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ WORTH = 1e13
 APART = {torch.float64: 1e-10, torch.float32: 1e-4}
 #: Programs: (weights (D,), inputs, targets) -> tensors.
 Program = Callable[[Tensor, Batch], list[Tensor]]
+#: (outputs (M, B, ...), targets (B, ...)) -> values of the examples by their names.
+Values = Callable[[Tensor, Tensor], dict[str, Tensor]]
+#: (weights (1, D), batch) -> the same.
+Evaluation = Callable[[Tensor, Batch], dict[str, Tensor]]
 
 
 def worth_compiling(sampling: Sampling, numbers: int, data: Batch, likelihood: Any) -> bool:
@@ -48,8 +52,7 @@ def compiler() -> str | None:
     """The C++ compiler that torch would take."""
     from torch._inductor import config
 
-    found = config.cpp.cxx
-    return next((each for each in (found if isinstance(found, tuple | list) else (found,)) if each and shutil.which(each)), None)
+    return next((each for each in config.cpp.cxx if each and shutil.which(each)), None)
 
 
 class Compiled(OneByOne):
@@ -97,7 +100,9 @@ class Compiled(OneByOne):
 
         return gradient
 
-    def evaluation(self, values: Callable[[Tensor, Tensor], dict[str, Tensor]], some: Batch) -> Callable[[Tensor, Batch], dict[str, Tensor]]:
+    def evaluation(
+        self, values: Callable[[Tensor, Tensor], dict[str, Tensor]], some: Batch
+    ) -> Callable[[Tensor, Batch], dict[str, Tensor]]:
         """The program of weights (1, D) and a batch like `some` to what `values` has of outputs (1, B, ...) and targets.
 
         Raises:
@@ -165,9 +170,9 @@ def _made(flat: Callable[..., list[Tensor]], inputs: list[Tensor], kernels: Kern
         with kernels:
             graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         with _in_order():
-            made: Callable[..., list[Tensor]] = inductor.compile(graph, inputs)  # type: ignore[assignment]
+            made: Any = inductor.compile(graph, list[Any](inputs))
             made(*inputs)
-    return made
+    return cast("Callable[..., list[Tensor]]", made)
 
 
 @contextmanager
@@ -193,8 +198,8 @@ class _Recorded(Kernels):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def _embedding(  # noqa: PLR0913  (torch's own)
-    input: Tensor,  # noqa: A002
+def _embedding(
+    input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
@@ -204,7 +209,8 @@ def _embedding(  # noqa: PLR0913  (torch's own)
 ) -> Tensor | None:
     if not weight.requires_grad or max_norm is not None or scale_grad_by_freq or sparse:
         return None
-    found: Tensor = _Embedding.apply(weight, input, -1 if padding_idx is None else padding_idx % len(weight))
+    rows: Any = _Embedding
+    found: Tensor = rows.apply(weight, input, -1 if padding_idx is None else padding_idx % len(weight))
     return found
 
 
@@ -216,7 +222,8 @@ class _Embedding(torch.autograd.Function):
         """Rows."""
         ctx.save_for_backward(ids)
         ctx.words, ctx.padding = len(weight), padding
-        return torch.ops.aten.embedding(weight, ids)
+        found: Tensor = torch.ops.aten.embedding(weight, ids)
+        return found
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -227,7 +234,8 @@ class _Embedding(torch.autograd.Function):
 
 @torch.library.custom_op("tda::embedding_gradient", mutates_args=())
 def _embedding_gradient(gradient: Tensor, ids: Tensor, words: int, padding: int) -> Tensor:
-    return torch.ops.aten.embedding_dense_backward(gradient, ids, words, padding, False)
+    found: Tensor = torch.ops.aten.embedding_dense_backward(gradient, ids, words, padding, False)
+    return found
 
 
 @_embedding_gradient.register_fake

@@ -1,8 +1,8 @@
 """Many copies of one model whose moving weights are the rows of one matrix: their gradients, and their outputs.
 
 Four ways, chosen by what the model is: batched products written by hand for multilayer perceptrons (`tda.sampling.perceptrons`), torch's
-vmap, one model after another, and that compiled (`tda.sampling.compiled`), where it is asked for or long runs earn it back. Shape suffixes: C chains (or any copies), D numbers of a model
-that move, B examples of a batch.
+vmap, one model after another, and that compiled (`tda.sampling.compiled`), where it is asked for or long runs earn it back.
+Shape suffixes: C chains (or any copies), D numbers of a model that move, B examples of a batch.
 """
 
 from __future__ import annotations

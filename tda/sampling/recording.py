@@ -6,7 +6,6 @@ of many. Shape suffixes: C chains, T draws, D numbers of a model that move, n tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,7 +18,7 @@ from tda.errors import InputError
 from tda.problem import Batch, Problem, measurement_of
 from tda.recipe import load_all
 from tda.sampling.chains import ChainState, Landscape, advance, lose
-from tda.sampling.compiled import Compiled
+from tda.sampling.compiled import Compiled, Evaluation
 from tda.sampling.ensembles import Ensemble, OneByOne, Stacked
 from tda.sampling.losses import example_losses, measurements, token_losses
 from tda.sampling.options import Piece
@@ -153,7 +152,7 @@ class _Split:
         self.name, self.measured = ("query" if measured else "train"), measured
         self.own = measured and measurement_of(problem)["name"] != "loss"
         self.base: dict[str, Tensor] = {}
-        self.program: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
+        self.program: Evaluation | None = None
         self.size = 0
 
     def compile(self, ensemble: Compiled, size: int, *, needed: bool) -> None:

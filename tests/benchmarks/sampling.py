@@ -5,8 +5,9 @@
 
 Draws per second, the losses of all train and query examples evaluated at every one of them and written to Zarr, of one and of eight
 chains: median seconds and the ratio pair by pair, of wall time and of processor time (which others on the machine touch less). Same
-models, weights, settings, float32 and threads (`sampled.py`). What is done once is in neither side's seconds: of ours, the seconds
-before chains can start, a compiler's for GPTs, are a column of their own, and --plain does without it. --onednn: the peer's products on oneDNN, too, as ours are.
+models, weights, settings, float32 and threads (`sampled.py`). What is done once is in neither side's seconds: of ours, those
+until chains can start, a compiler's for GPTs, have a column of their own; --plain does without it. --onednn: the peer's products on
+oneDNN, too, as ours are.
 """
 
 import argparse
@@ -57,7 +58,13 @@ def show(rows: list[dict[str, Any]]) -> None:
             found = row[clock]
             low, high = found["ratio_range"]
             clocks += [f"{found['ours']:.3g} / {found['theirs']:.3g}", f"{found['ratio']:.1f}", f"{low:.1f}-{high:.1f}"]
-        table.add_row(row["case"] + (", both on oneDNN" if row["onednn"] else ""), str(row["chains"]), row["how"].split(":")[0], f"{row['warm_up']:.1f}", *clocks)
+        table.add_row(
+            row["case"] + (", both on oneDNN" if row["onednn"] else ""),
+            str(row["chains"]),
+            row["how"].split(":")[0],
+            f"{row['warm_up']:.1f}",
+            *clocks,
+        )
     Console(width=140).print(table)
 
 

@@ -37,7 +37,7 @@ def padded(dtype):
     problem, _ = words(dtype)
     torch.manual_seed(0)
     problem.made = Padded().to(dtype)
-    problem.measurement = lambda outputs, targets: outputs.double().amax(2).sum(1)
+    problem.measurement = lambda outputs, _: outputs.double().amax(2).sum(1)
     return problem, inspect(problem, problem.made, problem.train_data())
 
 
@@ -67,9 +67,8 @@ def test_compiled_steps_are_those_that_are_not_and_the_same_bits_beside_others_w
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-10), (torch.float32, 3e-5)])
 def test_compiled_evaluations_are_those_that_are_not(dtype, rounding):
     problem, attributed = padded(dtype)
-    found, truth = (
-        run(problem, attributed, Sampling(**NUMBERS, together=3, segment=2, compiled=how), range(3), tokens=True)[2] for how in (True, False)
-    )
+    ways = [Sampling(**NUMBERS, together=3, segment=2, compiled=how) for how in (True, False)]
+    found, truth = (run(problem, attributed, way, range(3), tokens=True)[2] for way in ways)
     assert found.keys() == truth.keys()
     for name, value in truth.items():
         assert float(value.abs().max()) > 1e-6, name
@@ -85,7 +84,9 @@ class Looks(Residual):
 
 def test_what_cannot_be_compiled_is_refused_where_it_was_asked_for_and_told_where_it_was_not(monkeypatch):
     problem, attributed = classes(Looks)
-    with pytest.raises(tda.InputError, match=r'^compiled is true, but the model cannot be compiled: .*; set it to false or "auto"$') as refused:
+    with pytest.raises(
+        tda.InputError, match=r'^compiled is true, but the model cannot be compiled: .*; set it to false or "auto"$'
+    ) as refused:
         landscape(attributed, Sampling(**NUMBERS, compiled=True), problem.train_data())
     assert "\n" not in str(refused.value)
     monkeypatch.setattr(compiled, "WORTH", 0.0)
