@@ -69,8 +69,8 @@ class Recorder:
         loaded = load_all(attributed.problem, queries, next(attributed.model.parameters()))
         self.query = _Split(attributed.problem, self.ensemble, landscape.ensemble.prepare(loaded), measured=True, tokens=tokens)
         if isinstance(self.ensemble, Compiled):
-            size = even(len(self.train.data.targets), len(self.query.data.targets), max(1, COMPILED // self.width))
             for split in (self.train, self.query):
+                size = even(len(split.data.targets), max(1, COMPILED // self.width))
                 split.compile(self.ensemble, size, needed=landscape.sampling.compiled is True)
         for split in (self.train, self.query):
             split.base = {name: value[0, 0] for name, value in split.values(landscape.center[None], self._examples(1)).items()}
@@ -216,10 +216,9 @@ class _Split:
         return found
 
 
-def even(train: int, queries: int, most: int) -> int:
-    """Examples of one evaluation of both splits, between half of `most` and `most`: as few as possible are evaluated twice over."""
-    sizes = range(max(1, most // 2), most + 1)
-    return min(reversed(sizes), key=lambda size: -(-train // size) * size + -(-queries // size) * size)
+def even(examples: int, most: int) -> int:
+    """Examples of one evaluation: `most` or somewhat fewer, so that the last is as full as the others."""
+    return -(-examples // -(-examples // most))
 
 
 def _widest(attributed: Attributed, dataset: Any) -> int:

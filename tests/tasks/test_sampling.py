@@ -249,6 +249,27 @@ def test_scores_of_tokens_add_up_to_those_of_their_sequence(tmp_path: Path) -> N
     assert (token_scores(stored, 0, [0])[0, length:] == 0).all()
 
 
+def test_normalized_scores_of_tokens_are_correlations(tmp_path: Path) -> None:
+    stored = sample(prepared(tmp_path, text=TOKENS)[1])
+    tokens, asked = stored.columns("token_loss_train", [5, 0]).double().numpy(), stored.measurement([1]).double().numpy()[..., 0]
+    found = token_scores(stored, 1, [5, 0], normalized=True)
+    x, f = (values - values.mean(1, keepdims=True) for values in (tokens, asked))
+    spread = np.sqrt(np.square(f).sum() * np.square(x).sum((0, 1)))
+    plain = np.einsum("ctik,ct->ik", x, f) / np.where(spread > 0, spread, 1)
+    assert float(np.corrcoef(found.ravel(), -plain.ravel())[0, 1]) > 0.99
+    assert np.abs(found).max() <= 1
+    assert np.abs(found).max() > 3 * np.abs(token_scores(stored, 1, [5, 0])).max()
+    by_token = token_scores(stored, 1, [5, 0], by_query_token=True, normalized=True)
+    assert by_token.shape == (2, 7, 7)
+    assert np.abs(by_token).max() <= 1
+
+
+def test_products_and_the_batch_of_a_linearisation_make_no_other_chains(tmp_path: Path) -> None:
+    changes = ((), ('products="bfloat16"',), ("batch_size=3",), ("seed=1",))
+    urls = [prepared(tmp_path, 'dtype="float32"', *change)[1].url for change in changes]
+    assert urls[0] == urls[1] == urls[2] != urls[3]
+
+
 def test_columns_come_in_the_order_that_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "chunk_examples", lambda *_: 4)
     stored = sample(prepared(tmp_path)[1])

@@ -9,6 +9,7 @@ from torch import nn
 import tda
 from tda.modules import inspect
 from tda.sampling.chains import landscape, start
+from tda.sampling.covariance import covariance
 from tda.sampling.options import Sampling
 from tda.sampling.recording import Recorder
 from tests.tda.sampling.landscapes import Given
@@ -52,8 +53,8 @@ def exact(design, residuals, step):
     return first, second
 
 
-def sampled(kind, chains, draws, seed=0):
-    """Relative error of the covariance within chains, and how large the second-order term is in the truth."""
+def losses(kind, chains, draws, seed=0):
+    """Losses along chains (chain, draw, example), and the two terms of the truth."""
     problem, attributed, design, residuals = regression(kind)
     top = float(torch.linalg.eigvalsh(N_BETA * design.T @ design / 24 + LOCALIZATION * torch.eye(design.shape[1]))[-1])
     step = 1.0 / top
@@ -66,10 +67,14 @@ def sampled(kind, chains, draws, seed=0):
     state = start(shared, range(chains))
     for piece in sampling.pieces:
         state, recorded = recorder.record(state, piece)
-    losses = recorded.loss_train.double()
-    apart = losses - losses.mean(1, keepdim=True)
+    return recorded.loss_train.double(), *exact(design, residuals, step)
+
+
+def sampled(kind, chains, draws, seed=0):
+    """Relative error of the covariance within chains, and how large the second-order term is in the truth."""
+    found, first, second = losses(kind, chains, draws, seed)
+    apart = found - found.mean(1, keepdim=True)
     found = (apart.transpose(1, 2) @ apart / (draws - 1)).mean(0)
-    first, second = exact(design, residuals, step)
     return float((found - first - second).norm() / (first + second).norm()), float(second.norm() / (first + second).norm())
 
 
@@ -91,3 +96,16 @@ def test_error_falls_as_one_over_the_root_of_the_draws():
     many = [sampled("regression", 16, 1600, seed)[0] for seed in range(5)]
     ratio = math.exp(sum(math.log(a / b) for a, b in zip(few, many, strict=True)) / 5)
     assert 2.8 < ratio < 5.6  # 4 expected
+
+
+@pytest.mark.parametrize("chains", [4, 8])
+def test_ninety_percent_intervals_of_repeated_runs_hold_the_closed_form(chains):
+    """Every pair of 24 losses, of 100 runs that have nothing in common but the posterior."""
+    found, first, second = losses("regression", 100 * chains, 500)
+    inside = []
+    for run in found.split(chains):
+        value, stderr = covariance(run, run)
+        inside.append((value - first - second).abs() <= 1.645 * stderr)
+    covered = torch.stack(inside).double().mean(0)
+    assert 0.85 <= float(covered.mean()) <= 0.95
+    assert float(covered.min()) > 0.75  # of no pair far from it: 100 runs know a share to .03
