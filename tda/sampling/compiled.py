@@ -24,14 +24,15 @@ from tda.errors import InputError, cause
 from tda.likelihoods import TokenCategorical
 from tda.problem import Batch
 from tda.sampling.ensembles import Gradient, OneByOne
-from tda.sampling.kernels import Kernels
+from tda.sampling.kernels import SHORT, Kernels
 from tda.sampling.options import Sampling
 from tda.stacked import Predict
 
 #: Multiplications and additions of a group of chains that take minutes: so much, and a quarter saved is more than a compiler takes.
 WORTH = 1e13
-#: What a compiled number may differ by from the model's own, relative to the largest: rounding, and what it sums up to.
-APART = {torch.float64: 1e-10, torch.float32: 1e-4}
+#: What a compiled number may differ by from the model's own, relative to the largest: rounding, and what it sums up to. Some models
+#: compute a norm in float32 whatever their dtype.
+APART = {torch.float64: 1e-5, torch.float32: 1e-4}
 #: Programs: (weights (D,), inputs, targets) -> tensors.
 Program = Callable[[Tensor, Batch], list[Tensor]]
 #: (outputs (M, B, ...), targets (B, ...)) -> values of the examples by their names.
@@ -169,6 +170,11 @@ def _made(flat: Callable[..., list[Tensor]], inputs: list[Tensor], kernels: Kern
         warnings.simplefilter("ignore")
         with kernels:
             graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        # The compiler may lay tensors out otherwise than they were recorded, where a view is none.
+        for node in graph.graph.nodes:
+            if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):  # noqa: SLF001
+                node.target = torch.ops.aten.reshape.default
+        graph.recompile()
         with _in_order():
             made: Any = inductor.compile(graph, list[Any](inputs))
             made(*inputs)
@@ -192,10 +198,36 @@ class _Recorded(Kernels):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Embeddings replaced, and what `Kernels` replaces."""
+        """Embeddings and attention replaced."""
+        if func is F.scaled_dot_product_attention:
+            return self._recorded(*args, **(kwargs or {}))
         if func is F.embedding and (found := _embedding(*args, **(kwargs or {}))) is not None:
             return found
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _recorded(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Attention in plain products, which is what the compiler can fuse; it is not for long sequences."""
+        self.long |= query.shape[-2] * key.shape[-2] > SHORT or dropout_p > 0
+        if enable_gqa:
+            key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
+        products = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = products.new_ones(products.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            products = products.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else products + attn_mask
+        # Safe: a token that sees nothing has 0, as torch's own attention has it.
+        found: Tensor = torch.ops.aten._safe_softmax(products, -1) @ value  # noqa: SLF001  (the only name it has)
+        return found
 
 
 def _embedding(

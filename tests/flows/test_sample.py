@@ -42,6 +42,10 @@ problem = "tda.problems.sentences:Sentences"
 problem_options = {{examples = 12, queries = 3, epochs = 1}}
 {BIF.replace("0.01", "0.001")}
 tokens = true
+{BIF.replace("0.01", "0.001")}
+tokens = true
+label = "correlated"
+normalized = true
 [evaluation]
 subsets = 4
 seeds = 2
@@ -142,17 +146,21 @@ def test_tokens_are_scored_and_shaded_and_the_league_table_has_bif(folder: Path,
     config = load_config(write_config(folder / "tokens", TOKENS), [single], f"{folder}/tokens-store")
     done = evaluate_run(config, "tda evaluate")
     run = open_run(done.store, done.run_id)
-    assert run.evaluation["lds"].shape == (1, 1, 3)
-    tokens = run.token_influence(1, [3, 7])
+    assert run.evaluation["lds"].sizes["method"] == 2
+    assert len(set(run.manifest["fingerprints"]["trajectories"].values())) == 1
+    tokens = run.token_influence(1, [3, 7], "bif")
     assert tokens.dims == ("train", "train_token")
     expected = run.influence.loc["bif", 1].sel(train=[3, 7])
     np.testing.assert_allclose(tokens.sum("train_token"), expected, rtol=1e-4, atol=1e-6)
-    both = run.token_influence(1, [3, 7], by_query_token=True)
+    both = run.token_influence(1, [3, 7], "bif", by_query_token=True)
     np.testing.assert_allclose(both.sum(["train_token", "query_token"]), expected, rtol=1e-4, atol=1e-6)
+    for of_tokens in (run.token_influence(1, [3, 7]), run.token_influence(1, [3, 7], by_query_token=True)):
+        assert of_tokens.attrs["units"] == "correlation"
+        assert 0.1 < float(abs(of_tokens).max()) <= 1
     with pytest.raises(InputError, match="no train example 12"):
         run.token_influence(1, [12])
     page = location.read_bytes(f"{run.url}/report.html").decode()
-    assert page.count('<p class="tokens">') == 3 * 4
+    assert page.count('<p class="tokens">') == 2 * 3 * 4
     assert 'class="token helpful-6"' in page or 'class="token harmful-6"' in page
 
 
@@ -162,7 +170,8 @@ def test_tokens_are_scored_and_shaded_and_the_league_table_has_bif(folder: Path,
         ("chains = 1", "chains is 1; R-hat and standard errors compare chains: give at least 2"),
         ("burn_in = 100\nthinning = 2\ndraws = 24", "burn_in is 100, past the 48 steps of the draws"),
         ("step_size = 0.0", "step_size is 0.0; it must be above 0"),
-        ("n_beta = -3", "n_beta is -3.0; it must be above 0"),
+        ("n_beta = -3", 'n_beta is -3.0; it must be above 0; "auto" is N'),
+        ('compiled = "yes"', "compiled = 'yes': Input should be a valid boolean or 'auto'"),
         ('sampler = "hmc"', "Input should be 'sgld' or 'rmsprop'"),
         ("draws = 4\nburn_in = 0", "draws is 4; standard errors and R-hat need at least 16"),
         ("localization = 3.0\ndamping = 0.1", "localization is 3.0 and damping 0.1, which says the same"),

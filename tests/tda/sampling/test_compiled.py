@@ -11,6 +11,7 @@ from tda.sampling.chains import advance, landscape, start, state_from, state_ten
 from tda.sampling.compiled import apart, worth_compiling
 from tda.sampling.options import Sampling
 from tda.sampling.recording import even
+from tests.tda import language_models as tiny
 from tests.tda.sampling.landscapes import Residual, classes, mlp, words
 from tests.tda.sampling.test_recording import run
 
@@ -73,6 +74,22 @@ def test_compiled_evaluations_are_those_that_are_not(dtype, rounding):
     for name, value in truth.items():
         assert float(value.abs().max()) > 1e-6, name
         torch.testing.assert_close(found[name], value, rtol=rounding, atol=max(rounding, 1e-6) * float(value.abs().max()), msg=name)
+
+
+@needs_compiler
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-NeoX", "Llama"])
+def test_language_models_with_padded_batches_are_compiled(name, tmp_path):
+    problem = tiny.causal(tmp_path, name=name)
+    attributed = inspect(problem, tiny.drawn(tiny.CAUSAL[name], tiny.CONFIGS[name]).double(), problem.train_data())
+    ways = [Sampling(**NUMBERS | {"batch_size": 2}, together=3, compiled=how) for how in (True, False)]
+    (shared, state, found), (_, plain, truth) = (run(problem, attributed, way, range(3), tokens=True) for way in ways)
+    assert shared.how == "compiled"
+    torch.testing.assert_close(state.weights, plain.weights, rtol=1e-6, atol=1e-8)
+    # Llama's norms are float32 in any model.
+    for which in ("token_loss_train", "loss_query", "distance"):
+        torch.testing.assert_close(found[which], truth[which], rtol=1e-4, atol=1e-5)
+    assert float(truth["token_loss_train"].abs().max()) > 0.01
 
 
 class Looks(Residual):
