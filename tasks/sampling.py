@@ -36,8 +36,8 @@ from tda.sampling.recording import Recorded, Recorder
 from tda.sampling.settle import given, settle
 from tda.sampling.stored import Trajectories, chunk_examples, fitting_segment, open_trajectories
 
-#: Beside a chain's own tensors in its state: the loss of every batch so far, and how many pieces are stored.
-_LOSSES, _PIECES = "stored/batch_loss", "stored/pieces"
+#: Beside a chain's own tensors in its state: the loss of every batch so far, how many pieces are stored, and how chains advance.
+_LOSSES, _PIECES, _HOW = "stored/batch_loss", "stored/pieces", "stored/how"
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ def sample_group(task: tuple[SampleJob, int]) -> dict[str, Any]:
             padded = torch.nn.functional.pad(losses, (0, sampling.steps - losses.shape[1]), value=torch.nan)
             _group(job)["batch_loss"][chains.start : chains.stop] = padded.numpy()
         stored = len(pieces) if over else p + 1
-        write_tensors(url, state_tensors(state) | {_LOSSES: losses, _PIECES: torch.tensor(stored)})
+        how = torch.frombuffer(bytearray(shared.how.encode()), dtype=torch.uint8)
+        write_tensors(url, state_tensors(state) | {_LOSSES: losses, _PIECES: torch.tensor(stored), _HOW: how})
         if over:
             break
     return {"seconds": time.perf_counter() - started}
@@ -170,7 +171,7 @@ def _taken_up(job: SampleJob, group: int) -> tuple[int, Tensor, ChainState | Non
         return 0, torch.empty(len(job.cut.groups[group]), 0), None
     tensors = read_tensors(job.state(group))
     losses, pieces = tensors.pop(_LOSSES), int(tensors.pop(_PIECES))
-    return pieces, losses, state_from(tensors)
+    return pieces, losses, state_from(_own(tensors))
 
 
 def _group(job: SampleJob) -> Any:
@@ -203,12 +204,15 @@ def finish(job: SampleJob) -> dict[str, Any]:
     if not layout.is_complete(job.url):
         known = settled_of(job)
         lost: dict[int, str] = {}
+        how = ""
         for group in range(len(job.cut.groups)):
-            lost |= state_from(_own(read_tensors(job.state(group)))).lost
+            tensors = read_tensors(job.state(group))
+            lost |= state_from(_own(tensors)).lost
+            how = bytes(tensors[_HOW].tolist()).decode()
         if len(lost) == job.cut.chains:
             raise InputError(all_lost(lost, known))
         told = {**known, "lost": {str(chain): lost[chain] for chain in sorted(lost)}, "examples": job.examples, "queries": job.queries}
-        told |= {"tokens": job.tokens, "step_size_convention": STEP_SIZE_CONVENTION, "how": _ready(job)[1].how}
+        told |= {"tokens": job.tokens, "step_size_convention": STEP_SIZE_CONVENTION, "how": how}
         stored = Trajectories(job.url, told)
         _verify(job, stored)
         storage.write_json(location.join(job.url, "diagnostics.json"), diagnosis(stored))
@@ -219,7 +223,7 @@ def finish(job: SampleJob) -> dict[str, Any]:
 
 
 def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name not in (_LOSSES, _PIECES)}
+    return {name: tensor for name, tensor in tensors.items() if name not in (_LOSSES, _PIECES, _HOW)}
 
 
 def all_lost(lost: dict[int, str], known: dict[str, Any]) -> str:

@@ -139,10 +139,10 @@ class Compiled(OneByOne):
         kernels = _Recorded()
         try:
             made = _made(flat, [weights_D, *leaves], kernels)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(f"the model cannot be compiled: {cause(error)}") from error
-        if kernels.long:
-            raise InputError("attention over so many tokens is faster as it is")
 
         def run(weights_D: Tensor, batch: Batch) -> list[Tensor]:
             with torch.no_grad(), self.kernels.backwards():
@@ -170,6 +170,8 @@ def _made(flat: Callable[..., list[Tensor]], inputs: list[Tensor], kernels: Kern
         warnings.simplefilter("ignore")
         with kernels:
             graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        if kernels.long:
+            raise InputError("attention over so many tokens is faster as it is")
         # The compiler may lay tensors out otherwise than they were recorded, where a view is none.
         for node in graph.graph.nodes:
             if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):  # noqa: SLF001

@@ -144,6 +144,13 @@ def test_perceptrons_keep_their_products_and_a_program_that_differs_is_not_used(
     assert apart([one * torch.nan], [one], torch.float32)
 
 
+def test_attention_over_many_tokens_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(compiled, "SHORT", 6 * 6 - 1)
+    problem, attributed = padded(torch.float32)
+    with pytest.raises(tda.InputError, match="compiled is true, but attention over so many tokens is faster as it is"):
+        landscape(attributed, Sampling(**NUMBERS, compiled=True), problem.train_data())
+
+
 @pytest.mark.parametrize(("examples", "most", "size"), [(256, 64, 64), (32, 64, 32), (1437, 100, 96), (5, 100, 5), (65, 64, 33)])
 def test_evaluations_of_one_size_waste_little(examples, most, size):
     assert even(examples, most) == size
