@@ -42,11 +42,12 @@ Evaluation = Callable[[Tensor, Batch], dict[str, Tensor]]
 
 
 def worth_compiling(sampling: Sampling, numbers: int, data: Batch, likelihood: Any) -> bool:
-    """Whether "auto" compiles: a C++ compiler is there, and a group of chains has work for minutes. The machine's speed plays no part."""
+    """Whether "auto" compiles: on a CPU, where a C++ compiler is there and a group of chains has work for minutes, counted, not timed."""
     tokens = data.targets.shape[1] if isinstance(likelihood, TokenCategorical) else 1
     examples = len(data.targets)
     seen = 3 * sampling.steps * sampling.batch(examples) + sampling.draws * examples
-    return 2.0 * numbers * tokens * seen * min(sampling.together, sampling.chains) >= WORTH and compiler() is not None
+    work = 2.0 * numbers * tokens * seen * min(sampling.together, sampling.chains)
+    return work >= WORTH and data.targets.device.type == "cpu" and compiler() is not None
 
 
 def compiler() -> str | None:
