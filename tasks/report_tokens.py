@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from tda.results import NotStored
+from tda.rows import rows
 from tda.sampled import stored, token_scores
+from tda.sampling.covariance import CORRELATION
 
 if TYPE_CHECKING:
     from tda.results import Run
@@ -91,10 +93,13 @@ def heat_map(run: Run, problem: Speaks, place: int, query: int, train: Sequence[
     """Training examples with their tokens shaded by their scores on a query; None where no scores of tokens are known."""
     found = _with_tokens(run, run.methods[place])
     if found is not None:
-        data = problem.train_data()
-        scores = token_scores(found, query, train)
+        data, title = problem.train_data(), run.methods[place]
+        normalized = run.manifest.get("units", {}).get(title) == CORRELATION
+        scores = token_scores(found, query, train, normalized=normalized)
         rows = [_line(problem, _labels(data[i]), row, run.better) for i, row in zip(train, scores, strict=True)]
-        return HeatMap("loss", tuple(Shaded(i, float(row.sum()), line, None) for i, row, line in zip(train, scores, rows, strict=True)))
+        # Correlations of tokens do not add up to the sequence's.
+        whole = _scores(run, title, query, train) if normalized else scores.sum(1)
+        return HeatMap("loss", tuple(Shaded(i, float(of), line, None) for i, of, line in zip(train, whole, rows, strict=True)))
     parts = parting(place, query, train) if parting is not None and train else None
     if parts is None:
         return None
@@ -104,6 +109,13 @@ def heat_map(run: Run, problem: Speaks, place: int, query: int, train: Sequence[
         of_query = None if parts.query is None else _line(problem, asked, parts.query[k], run.better)
         examples.append(Shaded(i, float(parts.train[k].sum()), _line(problem, _inputs(data[i]), parts.train[k], run.better), of_query))
     return HeatMap("input", tuple(examples))
+
+
+def _scores(run: Run, title: str, query: int, train: Sequence[int]) -> _Array:
+    """The stored scores of training examples on a query."""
+    row = rows(run).of(query, title)
+    places = {int(i): place for place, i in enumerate(row.train)}
+    return row.score[[places[i] for i in train]]
 
 
 def _with_tokens(run: Run, title: str) -> Trajectories | None:
