@@ -53,6 +53,8 @@ bench: .venv/.dev .venv-peers/.done ## against Kronfluence and devinterp in pair
 	$(BIN)/python -m tests.benchmarks.lds --timing --network cnn
 	$(BIN)/python -m tests.benchmarks.covariance
 	$(BIN)/python -m tests.benchmarks.sampling
+	$(BIN)/python -m tests.benchmarks.stages
+	$(BIN)/python -m tests.benchmarks.memory
 	$(BIN)/python -m tests.benchmarks.compare
 
 benchfull: .venv/.dev .venv-peers/.done ## the same on all sequences, both sides also on oneDNN and in bfloat16 (hours)

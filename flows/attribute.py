@@ -21,7 +21,7 @@ from tasks.chain import Earlier
 from tasks.subject import Subject
 from tda import location, schema
 from tda.errors import InputError
-from tda.methods.sweep import expand
+from tda.methods.sweep import expand, ranked
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
@@ -101,12 +101,15 @@ def request_of(config: RunConfig) -> prepare.Request:
         tuple(config.modules),
         tuple(config.exclude),
         config.dtype,
+        autocast=config.autocast or "",
+        recompute=config.checkpoint_activations,
     )
-    methods = tuple(json.dumps(swept.table, sort_keys=True) for swept in expand(config.methods))
+    methods = tuple(json.dumps(swept.table, sort_keys=True) for swept in expand(ranked(config.methods, config.query_rank)))
     chosen = config.candidates.model_dump_json(exclude_none=True) if config.candidates else ""
     return prepare.Request(
         subject, location.resolve(config.store), config.seed, config.products, methods, config.batch_size, config.shard_size,
         config.query_block, config.self_influence, config.ensemble, chosen,
+        config.batch_tokens,
     )  # fmt: skip
 
 
@@ -202,7 +205,7 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
         found |= solves.summarize(decided) | sampling_told.summarize(decided)
         found |= {"candidates": candidates.facts(decided.candidates)} if decided.candidates else {}
         warned = [candidates.note(found["candidates"])] if decided.candidates else []
-        warned += [*solves.warnings(found["solves"]), *sampling_told.warnings(found["sampling"]), *stage_facts.warnings(decided)]
+        warned += [*solves.warnings(found), *sampling_told.warnings(found["sampling"]), *stage_facts.warnings(decided)]
         found["notes"] = [*manifest["notes"], *warned]
         for line in warned:
             progress.say(line)

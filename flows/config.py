@@ -130,15 +130,23 @@ class RunConfig(_Table):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Literal["auto", "float32", "float64"] = "auto"
     """What is computed in; auto: the dtype of problem.model()."""
+    autocast: Literal["bfloat16"] | None = None
+    """What layers are computed in, forwards and backwards, where it is not the dtype; sums are in the dtype."""
     products: Literal["full", "bfloat16"] = "full"
     """The inputs of matrix products; bfloat16 accumulates in float32."""
+    checkpoint_activations: bool = False
+    """Whether the insides of repeated layers are computed again in backward passes, and not kept."""
     modules: Annotated[list[Text], Field(min_length=1)] = ["*"]
     """Glob patterns over module names: what is attributed."""
     exclude: list[Text] = []
     batch_size: Count | None = None
+    batch_tokens: Count | None = None
+    """Tokens of a forward pass, padding counted, in place of batch_size; None: chosen from the sizes where a problem tells its lengths."""
     shard_size: Count | None = None
     """Training examples per shard, the unit of work and of resumption; None: chosen from the sizes."""
     query_block: Count | None = None
+    query_rank: Count | None = None
+    """Terms in which methods keep each layer's directions, where their own tables say nothing; None: in full."""
     self_influence: bool = True
     ensemble: Count = 1
     """Models that the run trains, with the seeds seed, seed + 1, ...; scores are averaged over them."""
@@ -311,12 +319,13 @@ def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConf
     """The configuration with its methods checked and its paths absolute."""
     from tda.location import resolve
     from tda.methods import parse_all
-    from tda.methods.sweep import expand
+    from tda.methods.sweep import expand, ranked
 
     folder = file.absolute().parent
     changes: dict[str, Any] = {}
     uses: dict[str, Callable[[Any], Any]] = {
         "methods": lambda methods: parse_all([swept.table for swept in expand(methods)]) and [_stages(table, folder) for table in methods],
+        "query_rank": lambda rank: ranked(config.methods, rank) and rank,
         "store": resolve,
         "problem": lambda problem: _problem(problem, folder),
         "candidates": lambda table: table and table.placed(folder),

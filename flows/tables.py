@@ -53,6 +53,7 @@ def print_manifest(manifest: dict[str, Any]) -> None:
         ["seeds", _inline(manifest.get("seeds"))],
         ["noise", _inline(manifest.get("noise")) or "none: nothing was sampled"],
         *(["separable", f"{method}: relative error {cell(error)}"] for method, error in manifest.get("separable_errors", {}).items()),
+        *_low_rank(manifest.get("low_rank", {})),
         *(["solve", f"{method}: {_inline(solve)}"] for method, solve in manifest.get("solves", {}).items()),
         *(["segments", f"{method}: {_segments(each)}"] for method, each in manifest.get("segments", {}).items()),
         *(["stage", f"{name}: {_stage(facts)}"] for name, facts in manifest.get("stages", {}).items()),
@@ -71,9 +72,18 @@ def print_manifest(manifest: dict[str, Any]) -> None:
     print_table(["more", ""], [row for key, value in rest.items() for row in _rows(key, value)])
 
 
+def _low_rank(told: dict[str, Any]) -> list[list[str]]:
+    """A row for each method with directions in a low rank."""
+    if not told:
+        return []
+    from tda.lowrank import summary  # with torch: only where it is needed
+
+    return [["low rank", f"{method}: {summary(one)}"] for method, one in told.items()]
+
+
 SHOWN = {
     "run_id", "complete", "created", "problem", "methods", "shape", "measurement", "sign", "units", "coverage", "reused", "seeds", "noise",
-    "versions", "notes", "damping", "timings", "separable_errors", "solves", "segments", "members",
+    "versions", "notes", "damping", "timings", "separable_errors", "low_rank", "solves", "segments", "members",
     "stages",
 }  # fmt: skip
 

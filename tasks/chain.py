@@ -51,8 +51,7 @@ class Earlier:
     @property
     def asked(self) -> list[Any]:
         """What its scores depend on."""
-        job = self.member.scores
-        return [self.name, *self.member.fingerprints()["directions"].items(), job.scoring_batch, job.shard_size]
+        return [self.name, *self.member.fingerprints()["directions"].items(), *self.member.scores.cut]
 
     @property
     def titles(self) -> list[str]:
@@ -84,6 +83,8 @@ def asked(request: Request) -> list[Asked]:
                 own.modules if table.modules is None else tuple(table.modules),
                 own.exclude if table.exclude is None else tuple(table.exclude),
                 own.dtype,
+                autocast=own.autocast,
+                recompute=own.recompute,
             )
             known = found.setdefault(stage.name, Asked(stage.name, replace(request, subject=subject), {}))
             others = [f"{title!r}" for title, (_, other) in known.by.items() if _meant(other.table) != _meant(table)]
@@ -197,17 +198,17 @@ def _planned(stage: Asked, inputs: Inputs, subject: Subject, later: Member) -> E
     moved = open_subject(later.subject).attributed
     attributed, request, blocks = open_subject(subject).attributed, stage.request, moved.blocks
     matched = carried.match(blocks, attributed.blocks, stage.name, "drop")  # what is refused was, when it was examined
-    cut = sized(request, inputs, attributed, len(stage.by))
-    cutter = Cutter(request, inputs, subject, request.seed, cut.batch, cut.shard)
+    cut = sized(request, inputs, attributed, [None] * len(stage.by))
+    cutter = Cutter(request, inputs, subject, request.seed, cut.batch, cut.shard, cut.tokens)
     passed: dict[str, DirectionJob] = {scored.directions.parsed().title: scored.directions for scored in later.scores.methods}
     fits: dict[str, FitJob] = {}
     scored = tuple(
-        cutter.carried(each.inverse, Carried(passed[title], blocks, each.proximity), cut.block(each.inverse.vectors + 1), fits)
+        cutter.carried(each.inverse, Carried(passed[title], blocks, each.proximity), cut.block(each.inverse.vectors + 2), fits)
         for title, (_, each) in stage.by.items()
     )
     job = ScoreJob(
         subject, scored, "", "", inputs.examples, inputs.queries, cut.shard, cut.queries, cut.scoring, request.products,
-        self_influence=False,
+        self_influence=False, scoring_tokens=cut.scoring_tokens,
     )  # fmt: skip
     weights = [dict(each.model.named_parameters()) for each in (moved, attributed)]
     shift = carried.shift(weights[0], weights[1], matched.names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -24,7 +24,7 @@ from tasks.tensors import write_tensors
 from tasks.training import segments_of
 from tda import checkpoint, location, sizes
 from tda.attributed import Attributed
-from tda.data import length
+from tda.data import length, lengths_of
 from tda.evaluation.mean_shift import check_both_sides
 from tda.evaluation.subsets import masks
 from tda.fingerprint import fingerprint
@@ -78,32 +78,45 @@ class Member:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How the work on one model is cut. batch: examples of a forward pass; scoring: of one that is scored; shard: training examples."""
+    """How the work on one model is cut. batch: examples of a forward pass; scoring: of one that is scored; shard: training examples.
+
+    tokens, scoring_tokens: of sequences whose lengths are known, in place of batch and scoring; else None.
+    """
 
     batch: int
     scoring: int
     shard: int
     queries: int
     block: Callable[[int], int]
+    tokens: int | None = None
+    scoring_tokens: int | None = None
 
 
-def sized(request: Request, inputs: Inputs, attributed: Attributed, passes: int) -> Sizes:
-    """What the request says, else from the shapes. passes: directions of a query that are scored at a time.
+def sized(request: Request, inputs: Inputs, attributed: Attributed, ranks: Sequence[int | None]) -> Sizes:
+    """What the request says, else from the shapes. ranks: of the directions of a query that are scored at a time, None being in full.
 
-    Of the sizes, queries are scored at a time, and block(vectors) are held at a time, so many vectors being held for each.
+    Of the sizes, queries are scored at a time, and block(vectors) are held at a time, so many vectors being held for each: those of the
+    method, and the bytes that are written.
     """
     blocks, itemsize = attributed.blocks, torch.tensor([], dtype=attributed.dtype).element_size()
     batch = request.batch_size or sizes.batch_size(blocks, attributed.outputs, itemsize=itemsize)
 
-    def block(vectors: int) -> int:
-        """Whole chunks of them."""
-        count = request.query_block or sizes.query_block(blocks, inputs.queries, vectors, itemsize=itemsize)
+    def chunks(ranks: Sequence[int | None]) -> int:
+        """Whole chunks of queries."""
+        count = request.query_block or sizes.query_block(blocks, inputs.queries, ranks, itemsize=itemsize)
         whole = request.query_block is not None or not CHUNK_QUERIES < count < inputs.queries
         return count if whole else count - count % CHUNK_QUERIES
 
-    queries = block(passes)
-    scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries * passes, itemsize=itemsize)
-    return Sizes(batch, scoring, request.shard_size or sizes.shard_size(inputs.examples), queries, block)
+    queries = chunks(ranks)
+    scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries, ranks, itemsize=itemsize)
+    shard = request.shard_size or sizes.shard_size(inputs.examples)
+    lengths = None if request.batch_size else lengths_of(attributed.problem, "train", inputs.examples)
+    tokens = scored = None
+    if lengths is not None:
+        # The blocks are those of the first two examples, padded to the longer one.
+        tokens = request.batch_tokens or sizes.batch_tokens(blocks, attributed.outputs, int(lengths[:2].max()), itemsize=itemsize)
+        scored = request.batch_tokens or tokens * (scoring // batch)
+    return Sizes(batch, scoring, shard, queries, lambda vectors: chunks([None] * vectors), tokens, scored)
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,7 @@ class Cutter:
     seed: int
     batch: int
     shard: int
+    tokens: int | None = None
 
     def scored(self, method: Method, queries: int, fits: dict[str, FitJob]) -> Scored:
         """The directions of a method, and what they meet; its fits are added to `fits`."""
@@ -133,7 +147,7 @@ class Cutter:
         url = layout.artifact(self.request.store, "directions", fingerprint("directions", **self._common(self.subject), **asked))
         directions = DirectionJob(
             url, self.subject, method.model_dump_json(), urls, self.inputs.queries, queries, self.batch, self.seed, self.request.products,
-            unrolled.segments, unrolled.averages, standing,
+            unrolled.segments, unrolled.averages, standing, batch_tokens=self.tokens,
         )  # fmt: skip
         if method.meets == "final":
             return Scored(directions, ((self.subject,),))
@@ -146,7 +160,17 @@ class Cutter:
         asked |= {"method": method.determining(), "fits": keys} | ({"seed": self.seed} if method.stochastic else {})
         url = layout.artifact(self.request.store, "directions", fingerprint("directions", **self._common(self.subject), **asked))
         job = DirectionJob(
-            url, self.subject, method.model_dump_json(), urls, self.inputs.queries, queries, self.batch, self.seed, "full", carried=carried
+            url,
+            self.subject,
+            method.model_dump_json(),
+            urls,
+            self.inputs.queries,
+            queries,
+            self.batch,
+            self.seed,
+            "full",
+            carried=carried,
+            batch_tokens=self.tokens,
         )
         return Scored(job, ((self.subject,),))
 
@@ -166,6 +190,7 @@ class Cutter:
         return {
             "weights": subject.weights, "problem": self.inputs.problem, "train": self.inputs.train, "parameters": names,
             "dtype": str(opened.attributed.dtype), "products": self.request.products, "batch": self.batch,
+            **({} if self.tokens is None else {"tokens": self.tokens}), **({"autocast": subject.autocast} if subject.autocast else {}),
         }  # fmt: skip
 
     def _fit(self, fit: Fit, unrolled: Unrolled) -> FitJob:
@@ -193,7 +218,7 @@ class Cutter:
         seed = self.seed if fit.of == "sampled" else 0
         common = self._common(subjects[0]) | ({"pooled": [s.weights for s in subjects]} if len(subjects) > 1 else {})
         url = layout.artifact(store, "factors", fingerprint("factors", fisher=fit.of, seed=seed, shard=self.shard, **common))
-        return FactorJob(url, subjects, fit.of, seed, examples, self.shard, self.batch, self.request.products)  # type: ignore[arg-type]
+        return FactorJob(url, subjects, fit.of, seed, examples, self.shard, self.batch, self.request.products, self.tokens)  # type: ignore[arg-type]
 
     def _unrolled(self, method: Method) -> Unrolled:
         """The segments of the training, for a method that needs them."""

@@ -29,10 +29,12 @@ from tasks.tensors import read_tensors, write_tensors
 from tda import location
 from tda.blocks import Block
 from tda.carried import carry
-from tda.directions import Dense, Direction, Factored, join, query_gradients, query_measurements, squared_norms, take
+from tda.data import Batching
+from tda.directions import Dense, Direction, Factored, extend, query_gradients, query_measurements, squared_norms, take
+from tda.lowrank import shorten, stated
 from tda.methods import Method, parse
-from tda.methods.work import Fit, Work
-from tda.products import Products
+from tda.methods.work import Fit, Made, Work
+from tda.products import Products, fast_float32
 from tda.trajectory import Segment
 
 #: Seconds between two stored states of a solve: so much is lost at most when a worker dies.
@@ -54,7 +56,7 @@ class DirectionJob:
 
     method: JSON of its options. fits: URLs, in the order of the method's. segments of the training, the subjects at their mean weights,
     and those at the checkpoint that stands for each, for methods that need them. block: queries per task. carried: where the gradients
-    of the queries come from, if not from the subject itself.
+    of the queries come from, if not from the subject itself. batch_tokens: of the queries, in place of batch_size, where set.
     """
 
     url: str
@@ -70,6 +72,7 @@ class DirectionJob:
     averages: tuple[Subject, ...] = ()
     checkpoints: tuple[Subject, ...] = ()
     carried: Carried | None = None
+    batch_tokens: int | None = None
 
     def parsed(self) -> Method:
         """The method."""
@@ -130,7 +133,7 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
 
         def gradients_at(segment: int) -> list[Direction]:
             at = open_subject(job.checkpoints[segment])
-            return query_gradients(at.attributed, at.query, job.ids(block), batch_size=job.batch_size)[0]
+            return query_gradients(at.attributed, at.query, job.ids(block), batch_size=_batching(job, at))[0]
 
         work = Work(
             opened.attributed,
@@ -148,7 +151,7 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
             job.ids(block),
             gradients_at if job.checkpoints else None,
         )
-        made = method.directions(work, gradients)
+        made = _shortened(opened.attributed.blocks, method, method.directions(work, gradients))
         tensors = {"measurement": values, "norms": norms} | {f"kept/{name}": tensor for name, tensor in made.kept.items()}
         for p, directions in enumerate(made.passes):
             for b, direction in enumerate(directions):
@@ -160,16 +163,36 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started}
 
 
+def _batching(job: DirectionJob, opened: Opened) -> Batching:
+    return opened.batching("query", job.batch_size, job.batch_tokens)
+
+
+def _shortened(blocks: Sequence[Block], method: Method, made: Made) -> Made:
+    """What a method made, in a low rank where one is asked for and the method has not done so itself."""
+    if method.rank is None or "low_rank" in made.told:
+        return made
+    passes, errors = [], list[list[Tensor | None]]()
+    with fast_float32():
+        for directions in made.passes:
+            short = [shorten(block, direction, method.rank) for block, direction in zip(blocks, directions, strict=True)]
+            passes.append([d if s is None else s.direction for d, s in zip(directions, short, strict=True)])
+            errors.append([None if s is None else s.error for s in short])
+    # Passes are taken together: what is told of a layer is over the queries of all.
+    each = [[e for e in column if e is not None] for column in zip(*errors, strict=True)]
+    told = stated(blocks, method.rank, [torch.cat(column) if column else None for column in each])
+    return Made(passes, made.told | {"low_rank": told}, made.kept)
+
+
 def _asked(job: DirectionJob, opened: Opened, ids: range, *, taken: bool) -> tuple[list[Direction], Tensor, Tensor]:
     """Gradients of queries at the subject, block by block; their measurements, and their norms where they are measured.
 
     taken: whether the method takes gradients; there are none where it does not, and norms of 0.
     """
     if not taken:
-        values = query_measurements(opened.attributed, opened.query, ids, batch_size=job.batch_size)
+        values = query_measurements(opened.attributed, opened.query, ids, batch_size=_batching(job, opened))
         return [], values, torch.zeros_like(values)
     if job.carried is None:
-        gradients, values = query_gradients(opened.attributed, opened.query, ids, batch_size=job.batch_size)
+        gradients, values = query_gradients(opened.attributed, opened.query, ids, batch_size=_batching(job, opened))
         return gradients, values, torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
     later, blocks, proximity = job.carried.job, job.carried.blocks, job.carried.proximity
     made = read_directions(later, ids)
@@ -220,16 +243,29 @@ class Directions:
 
 def read_directions(job: DirectionJob, ids: range) -> Directions:
     """The directions of queries `ids`, whatever blocks they were made in."""
-    parts = []
+    found: Directions | None = None
     for block in range(ids.start // job.block, -(-ids.stop // job.block)):
         made = job.ids(block)
         some = slice(max(ids.start - made.start, 0), min(ids.stop, made.stop) - made.start)
-        parts.append(_read(job.place("queries", block), some))
-    if len(parts) == 1:
-        return parts[0]
-    passes = [[join(blocks) for blocks in zip(*each, strict=True)] for each in zip(*(part.passes for part in parts), strict=True)]
-    kept = {name: torch.cat([part.kept[name] for part in parts]) if t.ndim else t for name, t in parts[0].kept.items()}
-    return Directions(passes, torch.cat([part.measurement for part in parts]), torch.cat([part.norms for part in parts]), kept)
+        part = _read(job.place("queries", block), some)
+        if some == slice(0, len(ids)) and len(made) == len(ids):
+            return part
+        # Each block is let go as it is joined: all of them beside the whole would be twice the memory.
+        found = _joined(found, part, len(ids))
+    assert found is not None
+    return found
+
+
+def _joined(known: Directions | None, part: Directions, queries: int) -> Directions:
+    """A part behind what is known already of so many queries."""
+    if known is None:
+        passes = [[extend(None, d, 0, queries) for d in blocks] for blocks in part.passes]
+        return Directions(passes, part.measurement, part.norms, part.kept)
+    start = len(known.measurement)
+    each = zip(known.passes, part.passes, strict=True)
+    passes = [[extend(whole, d, start, queries) for whole, d in zip(*blocks, strict=True)] for blocks in each]
+    kept = {name: torch.cat([t, part.kept[name]]) if t.ndim else t for name, t in known.kept.items()}
+    return Directions(passes, torch.cat([known.measurement, part.measurement]), torch.cat([known.norms, part.norms]), kept)
 
 
 def _read(url: str, some: slice) -> Directions:

@@ -49,7 +49,7 @@ Sums = Literal["covariance", "eigenvalues"]
 class FactorJob:
     """One fit: where it is stored, of what, with which labels, and how it is cut up.
 
-    subjects: the same model and data at one checkpoint, or at several that are pooled.
+    subjects: the same model and data at one checkpoint, or at several that are pooled. batch_tokens: in place of batch_size, where set.
     """
 
     url: str
@@ -60,6 +60,7 @@ class FactorJob:
     shard_size: int
     batch_size: int
     products: Products
+    batch_tokens: int | None = None
 
     @property
     def subject(self) -> Subject:
@@ -129,7 +130,8 @@ def sum_shard(node: Node) -> dict[str, Any]:
         job = node.job
         subject, ids = job.part(node.index)
         opened = open_subject(subject)
-        options: dict[str, Any] = {"fisher": job.fisher, "seed": job.seed, "batch_size": job.batch_size, "products": job.products}
+        size = opened.batching("train", job.batch_size, job.batch_tokens)
+        options: dict[str, Any] = {"fisher": job.fisher, "seed": job.seed, "batch_size": size, "products": job.products}
         if node.sums == "covariance":
             covariances = covariance_sums(opened.attributed, opened.train, ids, **options)
             tensors = {f"{b}/{side}": getattr(c, side) for b, c in enumerate(covariances) for side in ("out", "in_", "positions")}

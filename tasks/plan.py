@@ -66,7 +66,7 @@ def seeds(request: Request) -> range:
 def plan(request: Request, inputs: Inputs) -> Plan:
     """Decide a run. Where the request names no checkpoint, the trained artifacts are used; they must be there."""
     members = tuple(_member(request, inputs, seed) for seed in seeds(request))
-    asked = [[*member.fingerprints()["directions"].values(), member.scores.scoring_batch, member.scores.shard_size] for member in members]
+    asked = [[*member.fingerprints()["directions"].values(), *member.scores.cut] for member in members]
     titles = [method.title for method in parse_all([json.loads(text) for text in request.methods])]
     stages = chain.plan(request, inputs, members[0])
     more: dict[str, Any] = {"stages": [stage.asked for stage in stages]} if stages else {}
@@ -85,13 +85,13 @@ def _member(request: Request, inputs: Inputs, seed: int) -> Member:
     seen = fingerprint("inputs", digests=[inputs.problem, inputs.train, inputs.query])
     subject = replace(subject, weights=weights, source=inputs.problem, inputs=seen)
     methods = parse_all([json.loads(text) for text in request.methods])
-    cut = sized(request, inputs, open_subject(subject).attributed, sum(method.passes for method in methods))
-    cutter = Cutter(request, inputs, subject, seed, cut.batch, cut.shard)
+    cut = sized(request, inputs, open_subject(subject).attributed, [rank for method in methods for rank in [method.rank] * method.passes])
+    cutter = Cutter(request, inputs, subject, seed, cut.batch, cut.shard, cut.tokens)
     fits: dict[str, FitJob] = {}
-    scored = tuple(cutter.scored(method, cut.block(method.vectors), fits) for method in methods)
+    scored = tuple(cutter.scored(method, cut.block(method.vectors + 1), fits) for method in methods)
     job = ScoreJob(
         subject, scored, "", "", inputs.examples, inputs.queries, cut.shard, cut.queries, cut.scoring, request.products,
-        request.self_influence,
+        request.self_influence, scoring_tokens=cut.scoring_tokens,
     )  # fmt: skip
     return Member(subject, seed, fits, job)
 

@@ -14,18 +14,20 @@ from torch import Tensor
 
 from tasks.subject import Opened, Subject, forget, open_subject
 from tasks.training import check_recipe, segments_of
-from tda.data import batches, digest, length
+from tda.data import batches, digest, length, lengths_of
 from tda.directions import check_finite
 from tda.errors import InputError
 from tda.methods import Method, parse_all
 from tda.methods.multistage import Multistage
-from tda.problem import Problem, can_fit, problem_digest
+from tda.problem import Problem, Split, can_fit, problem_digest
 from tda.products import Products
+from tda.recompute import repeated_layers
 from tda.sampling.refusals import TRIED, check_model
 from tda.sampling.settle import given
 
 #: So many examples of each split are evaluated before a run starts; the others' losses are checked when they are scored.
 PROBED = 1024
+SPLITS: tuple[Split, ...] = ("train", "query")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Request:
     self_influence: bool
     ensemble: int = 1
     candidates: str = ""
+    batch_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,20 @@ def _examined(request: Request) -> Inputs:
     problem = opened.attributed.problem
     if opened.attributed.dtype == torch.float64 and request.products == "bfloat16":
         raise InputError('products = "bfloat16" makes no sense with a float64 model; set dtype = "float32", or leave products out')
+    if opened.attributed.dtype == torch.float64 and subject.autocast:
+        raise InputError(f'autocast = "{subject.autocast}" makes no sense with a float64 model; set dtype = "float32", or leave it out')
+    if subject.recompute and not repeated_layers(opened.attributed.model):
+        raise InputError(
+            f"checkpoint_activations = true is about layers in an nn.ModuleList of several, and the model of {subject.problem!r} has none; "
+            "leave it out, and lower batch_size where memory is short"
+        )
     if subject.checkpoint and request.ensemble > 1:
         raise InputError(
             f"ensemble = {request.ensemble} trains that many models, and the config gives a checkpoint; leave one of the two out"
         )
     if not subject.checkpoint and not can_fit(problem):
         raise InputError(f"problem {subject.problem!r} has no fit method and the config no checkpoint; give one of them")
+    _check_batches(request, opened)
     found = {split: digested(opened, split) for split in ("train", "query")}
     for split in ("train", "query"):
         probe(opened, split)
@@ -118,6 +129,22 @@ def _examined(request: Request) -> Inputs:
         found["train"][1],
         found["query"][1],
     )
+
+
+def _check_batches(request: Request, opened: Opened) -> None:
+    """InputError where batches are asked for in two ways, or in tokens of a problem that does not tell how many its examples have."""
+    told = [lengths_of(opened.attributed.problem, split, length(opened.data(split), split)) for split in SPLITS]
+    if request.batch_tokens is None:
+        return
+    if request.batch_size is not None:
+        raise InputError(
+            f"batch_size = {request.batch_size} counts examples and batch_tokens = {request.batch_tokens} tokens; leave one of them out"
+        )
+    if any(each is None for each in told):
+        raise InputError(
+            f"batch_tokens = {request.batch_tokens}: problem {request.subject.problem!r} does not say how long its examples are; define "
+            "Problem.lengths, or use batch_size"
+        )
 
 
 def digested(opened: Opened, split: str) -> tuple[str, np.ndarray | None]:

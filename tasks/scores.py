@@ -17,6 +17,7 @@ from tasks import layout
 from tasks.directions import DirectionJob, curvature_of, read_directions
 from tasks.subject import Subject, open_subject
 from tda import location, schema
+from tda.directions import HELD_BYTES, held
 from tda.errors import InputError, cause
 from tda.methods import Method
 from tda.products import Products
@@ -57,6 +58,7 @@ class ScoreJob:
     products: Products
     self_influence: bool
     candidates: str = ""
+    scoring_tokens: int | None = None
 
     def train_ids(self, shard: int) -> range:
         """Training ids of a shard."""
@@ -65,6 +67,11 @@ class ScoreJob:
     def query_ids(self, block: int) -> range:
         """Query ids of a block."""
         return range(block * self.query_block, min((block + 1) * self.query_block, self.queries))
+
+    @property
+    def cut(self) -> list[int]:
+        """How training examples are cut, on which the rounding of their scores depends."""
+        return [self.scoring_batch, self.shard_size, *([] if self.scoring_tokens is None else [self.scoring_tokens])]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,11 +127,24 @@ def _owns(job: DirectionJob) -> Sequence[Own | None]:
     return job.parsed().owns(open_subject(job.subject).attributed, curvature_of(job), job.segments, job.seed)
 
 
+#: Which query block `_parts` holds.
+_HELD: list[tuple[ScoreJob, int]] = []
+
+
+def _ready(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor]:
+    """`_parts`, the last block's being let go before the next one's are read, and not after."""
+    if [(job, block)] != _HELD:
+        _parts.cache_clear()
+        _HELD[:] = [(job, block)]
+    return _parts(job, block)
+
+
 @lru_cache(maxsize=1)
 def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor]:
     """What is scored at each subject for one query block, and the queries' measurements."""
     parts: dict[Subject, list[Part]] = {subject: [] for subject in job.subjects}
-    measurement = torch.empty(0)
+    measurement, blocks = torch.empty(0), open_subject(job.subject).attributed.blocks
+    limit = HELD_BYTES // max(sum(len(scored.meets) for scored in job.methods), 1)
     for m, (scored, method) in enumerate(zip(job.methods, job.parsed(), strict=True)):
         read = read_directions(scored.directions, job.query_ids(block))
         measurement = read.measurement
@@ -134,9 +154,10 @@ def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor
         owned = job.self_influence and block == 0 and method.gives_own
         own_of = _owns(scored.directions) if owned else ()
         for p, (directions, met) in enumerate(zip(read.passes, scored.meets, strict=True)):
+            met_as = held(blocks, directions, limit)
             for subject in met:
                 own = own_of[p] if own_of else None
-                parts[subject].append(Part(m, 1 / len(met), Scorer(method.title, directions, read.norms, own, method.cosine)))
+                parts[subject].append(Part(m, 1 / len(met), Scorer(method.title, met_as, read.norms, own, method.cosine)))
     return parts, measurement
 
 
@@ -199,7 +220,7 @@ def score_shard(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
 
 def scored(job: ScoreJob, ids: Sequence[int], block: int) -> tuple[ShardScores, Tensor]:
     """The scores of some training examples against one query block, summed over the subjects, and the queries' measurements."""
-    parts, measurement = _parts(job, block)
+    parts, measurement = _ready(job, block)
     methods = len(job.methods)
     influence = torch.zeros(methods, len(measurement), len(ids), dtype=measurement.dtype)
     own = torch.full((methods, len(ids)), torch.nan, dtype=measurement.dtype)
@@ -213,7 +234,7 @@ def scored(job: ScoreJob, ids: Sequence[int], block: int) -> tuple[ShardScores, 
             opened.train,
             ids,
             examples=job.examples,
-            batch_size=job.scoring_batch,
+            batch_size=opened.batching("train", job.scoring_batch, job.scoring_tokens),
             products=job.products,
             self_influence=job.self_influence and block == 0,
         )

@@ -10,19 +10,20 @@ from infra import storage
 from tasks import layout
 from tasks.directions import DirectionJob, told
 from tasks.plan import Plan
-from tda import location, schema
+from tda import location, lowrank, schema
 
 
 def summarize(plan: Plan) -> dict[str, Any]:
     """For the manifest, by method, the worst over query blocks, segments and members.
 
-    separable_errors; solves: steps, evaluations, largest residual, and how many solves of a query did not reach the tolerance; segments:
-    of the training, with their horizons and dampings, for methods that unroll it (those of the first member). Solves of an earlier stage
-    have its name in brackets.
+    separable_errors; low_rank: errors of directions by layer (`tda.lowrank.stated`); solves: steps, evaluations, largest residual, and how
+    many solves of a query did not reach the tolerance; segments: of the training, with their horizons and dampings, for methods that unroll
+    it (those of the first member). Solves of an earlier stage have its name in brackets.
     """
     errors: dict[str, float] = {}
     solves: dict[str, dict[str, Any]] = {}
     segments: dict[str, Any] = {}
+    low: dict[str, dict[str, Any]] = {}
     members = [(member, "") for member in plan.members] + [(stage.member, f" ({stage.name})") for stage in plan.stages]
     for member, of in members:
         for scored in member.scores.methods:
@@ -30,16 +31,19 @@ def summarize(plan: Plan) -> dict[str, Any]:
             for one in each:
                 if "separable_error" in one:
                     errors[title] = max(errors.get(title, 0.0), one["separable_error"])
+                if "low_rank" in one:
+                    low[title] = lowrank.together(low.get(title), one["low_rank"])
                 if "segments" in one:
                     segments.setdefault(title, one["segments"])
                 for solve in one.get("solves", []):
                     solves[title] = _worse(solves.get(title), solve)
-    return {"separable_errors": errors, "solves": solves, "segments": segments}
+    return {"separable_errors": errors, "low_rank": low, "solves": solves, "segments": segments}
 
 
-def warnings(solves: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for every method some of whose solves ended before their tolerance."""
-    return [
+def warnings(found: dict[str, Any]) -> list[str]:
+    """A line for every method some of whose solves ended before their tolerance, or whose low rank keeps too little. found: summarized."""
+    solves = found["solves"]
+    return lowrank.warnings(found["low_rank"]) + [
         f"{title}: {solve['unconverged']} of {solve['solved']} solves did not reach the tolerance {solve['tolerance']:g} in "
         f"{solve['steps']} steps (largest residual {solve['residual']:.3g}); see docs/solvers.md for what brings them further"
         for title, solve in solves.items()

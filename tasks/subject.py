@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,14 +12,15 @@ import torch
 
 from tda import checkpoint
 from tda.attributed import Attributed
-from tda.data import length
+from tda.data import Batching, Budget, length, lengths_of
 from tda.errors import InputError
 from tda.modules import inspect
-from tda.problem import Problem, import_problem, load_problem, problem_digest
+from tda.problem import Problem, Split, import_problem, load_problem, problem_digest
 
 #: Checkpoints that a worker keeps open: methods that unroll the training score against several in one shard, those of three such
 #: methods with their defaults among them.
 OPEN_AT_ONCE = 16
+SHORTER = {"bfloat16": torch.bfloat16}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -27,8 +28,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Subject:
     """A problem (`options` is JSON), its checkpoint's URL ("" for the weights that its model starts with), and which modules.
 
-    weights, source and inputs are digests of the checkpoint, of the problem and of both with the data, as they were when the run was
-    planned, "" before. They keep what a long-lived process has opened apart from what lies at the same place later.
+    autocast: what layers are computed in, "" for the dtype. recompute: whether activations are checkpointed. weights, source and inputs are
+    digests of the checkpoint, of the problem and of both with the data, as they were when the run was planned, "" before. They keep what a
+    long-lived process has opened apart from what lies at the same place later.
     """
 
     problem: str
@@ -40,6 +42,8 @@ class Subject:
     weights: str = ""
     source: str = ""
     inputs: str = ""
+    autocast: str = ""
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class Opened:
     def data(self, split: str) -> Any:
         """The dataset of a split."""
         return self.train if split == "train" else self.query
+
+    def batching(self, split: Split, examples: int, tokens: int | None) -> Batching:
+        """How a split is cut into batches: of so many tokens where that is said, else of so many examples."""
+        data = self.data(split)
+        lengths = None if tokens is None else lengths_of(self.attributed.problem, split, len(data))
+        return examples if tokens is None or lengths is None else Budget(tokens, lengths)
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,8 @@ def open_subject(subject: Subject) -> Opened:
         if subject.dtype != "auto":
             model = model.to(DTYPES[subject.dtype])
         attributed = inspect(family.problem, model, family.train, modules=subject.modules, exclude=subject.exclude)
+        if subject.autocast or subject.recompute:
+            attributed = replace(attributed, autocast=SHORTER.get(subject.autocast), recompute=subject.recompute)
         while len(family.opened) >= OPEN_AT_ONCE:
             family.opened.pop(next(iter(family.opened)))
         family.opened[subject] = Opened(attributed, family.train, family.query)

@@ -30,7 +30,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Attributed:
-    """A problem's model at a checkpoint, cut into blocks; `total` counts all its parameters, `outputs` the outputs of one example."""
+    """A problem's model at a checkpoint, cut into blocks; `total` counts all its parameters, `outputs` the outputs of one example.
+
+    autocast: what layers are computed in, forwards and backwards, where it is not `dtype`; sums are taken in `dtype` all the same.
+    recompute: whether the insides of repeated layers are computed again in the backward pass (`tda.recompute`).
+    """
 
     problem: Problem
     model: nn.Module
@@ -40,6 +44,8 @@ class Attributed:
     total: int
     dtype: torch.dtype
     outputs: int = 1
+    autocast: torch.dtype | None = None
+    recompute: bool = False
 
     @property
     def share(self) -> float:
@@ -56,4 +62,4 @@ class Attributed:
         Raises InputError where the batch uses a parameter otherwise than the examples that were inspected did.
         """
         unused = [s.name for s in self.skipped if s.reason == UNUSED]
-        return Tape(self.problem, self.model, self.blocks, self.layouts, batch, unused)
+        return Tape(self.problem, self.model, self.blocks, self.layouts, batch, unused, self.autocast, self.recompute)

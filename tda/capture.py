@@ -8,6 +8,8 @@ operation that we do not know is noticed instead of missed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from tda.operations import (
     vector_rows,
 )
 from tda.problem import Batch, Problem
+from tda.recompute import recomputing
 
 
 class Recorder(TorchFunctionMode):
@@ -86,8 +89,17 @@ class Tape:
     """A recorded forward pass: `outputs` (batch, ...), and per-example gradients for any gradient of the outputs."""
 
     def __init__(
-        self, problem: Problem, model: nn.Module, blocks: Sequence[Block], layouts: dict[str, Layout], batch: Batch, unused: Sequence[str]
+        self,
+        problem: Problem,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        layouts: dict[str, Layout],
+        batch: Batch,
+        unused: Sequence[str],
+        autocast: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> None:
+        self._autocast, self._recompute = autocast, recompute
         self._problem, self._model, self._blocks, self._layouts, self._batch = problem, model, blocks, layouts, batch
         self.size = size = len(batch.targets)
         parameters = dict(model.named_parameters())
@@ -95,12 +107,31 @@ class Tape:
         mask = problem.mask(batch)
         self._mask = None if mask is None else mask.reshape(size, -1)
         with torch.enable_grad(), Recorder(watched, size) as recorder:
-            self.outputs = problem.predict(model, batch)
+            self.outputs = self._predict(batch)
         problem.likelihood.check(self.outputs.detach(), batch.targets)
         self._calls: dict[str, list[Call]] = {}
         for weight, bias, call in recorder.calls:
             self._calls.setdefault(weight or bias or "", []).append(call)
         self._check(recorder)
+        for _, _, call in recorder.calls:  # only its shape is asked for from here on: what autograd does not need is let go
+            assert call.output is not None
+            call.output = call.output.detach().new_zeros(()).expand(call.output.shape)
+
+    def _predict(self, batch: Batch) -> Tensor:
+        """The outputs, in the model's own dtype also where layers are computed in a shorter one."""
+        parameter = next(self._model.parameters())
+        short = torch.autocast(parameter.device.type, dtype=self._autocast) if self._autocast else nullcontext()
+        with short, recomputing(self._model) if self._recompute else nullcontext():
+            outputs = self._problem.predict(self._model, batch)
+        return outputs if self._autocast is None else outputs.to(parameter.dtype)
+
+    def _whole(self, call: Call, gradient: Tensor) -> tuple[Call, Tensor]:
+        """A call and the gradient of its output, of which sums are taken, in the model's own dtype."""
+        if self._autocast is None:
+            return call, gradient
+        dtype = self.outputs.dtype
+        inputs = call.input.detach().to(dtype) if call.input.is_floating_point() else call.input
+        return replace(call, input=inputs), gradient.to(dtype)
 
     def _check(self, recorder: Recorder) -> None:
         """What inspection found must hold for this batch too: a branch that only some examples take would be lost silently."""
@@ -151,13 +182,13 @@ class Tape:
         calls = self._calls.get(block.weight or block.bias or "", [])
         layout = self._layouts.get(block.name, Layout())
         if block.form == "vector" and apart:
-            rows = [vector_rows(call, gradients[id(call)], layout, self.size) for call in calls]
+            rows = [vector_rows(*self._whole(call, gradients[id(call)]), layout, self.size) for call in calls]
             if all(row is not None for row in rows):
                 return [Pair(row[None], row.new_ones(1, *row.shape[:2], 1)) for row in rows if row is not None]
         if block.form == "vector":
-            total = sum(vector_gradient(call, gradients[id(call)], layout, self.size) for call in calls)
+            total = sum(vector_gradient(*self._whole(call, gradients[id(call)]), layout, self.size) for call in calls)
             return [_column(total)] if isinstance(total, Tensor) else []
-        return [self._matrix_pair(block, call, gradients[id(call)], layout) for call in calls]
+        return [self._matrix_pair(block, *self._whole(call, gradients[id(call)]), layout) for call in calls]
 
     def _matrix_pair(self, block: Block, call: Call, gradient: Tensor, layout: Layout) -> Pair:
         side: Any = "left"
@@ -185,7 +216,8 @@ class Tape:
         if block.direct or block.form in ("vector", "embedding") or block.groups > 1 or any(call.op == "embedding" for call in calls):
             raise InputError(f"layer {block.name} ({block.kind}) has no rows of inputs; name a linear or convolutional layer")
         zeros = {id(call): torch.zeros_like(call.output) for call in calls if call.output is not None}
-        pairs = [self._matrix_pair(block, call, zeros[id(call)], self._layouts.get(block.name, Layout())) for call in calls]
+        layout = self._layouts.get(block.name, Layout())
+        pairs = [self._matrix_pair(block, *self._whole(call, zeros[id(call)]), layout) for call in calls]
         rows = torch.cat([pair.right[0] for pair in pairs], 1)[..., : block.in_ - int(block.bias is not None)]
         marks = [pair.left.new_ones(self.size, pair.positions) if pair.mask is None else pair.mask.to(rows.dtype) for pair in pairs]
         weight = torch.cat(marks, 1)[..., None]
@@ -201,7 +233,7 @@ class Tape:
         for i in range(self.size):
             one = example(self._batch, i, self.size)
             with torch.enable_grad():
-                outputs = self._problem.predict(self._model, one)
+                outputs = self._predict(one)
                 found: Sequence[Tensor | None] = torch.autograd.grad(
                     outputs, [parameters[n] for n in names], seed[i : i + 1], allow_unused=True
                 )

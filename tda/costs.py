@@ -27,3 +27,11 @@ def gram_form(rank: int, positions: int, out: int, in_: int) -> bool:
 def rows_smaller(positions: int, out: int, in_: int) -> bool:
     """Whether the rows of a gradient take less memory than its matrix: T (o + i) < o i."""
     return positions * (out + in_) < out * in_
+
+
+def by_terms(rank: int, positions: int, queries: int, batch: int, out: int, in_: int) -> bool:
+    """Whether a batch meets directions of `rank` terms term by term, or as matrices, which are made of the terms as they are needed.
+
+    A pair's share: rank T (o + i) term by term; else o i, of making the matrices rank o i / batch, of making the gradients T o i / queries.
+    """
+    return rank * positions * (out + in_) < out * in_ * (1 + rank / max(batch, 1) + positions / max(queries, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from tda.errors import InputError, cause
-from tda.problem import Batch, Problem
+from tda.problem import Batch, Problem, Split
 
 #: So many examples, spread over a split, are read twice: what differs then is not what will be attributed.
 REREAD = 8
@@ -51,10 +52,61 @@ def _two(collated: Any) -> Any:
     return collated
 
 
-def batches(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """`ids` cut in pieces of `size`, in order."""
-    for start in range(0, len(ids), size):
-        yield ids[start : start + size]
+@dataclass(frozen=True)
+class Budget:
+    """Batches of at most so many tokens, padding counted. lengths: tokens of each example, by its id."""
+
+    tokens: int
+    lengths: np.ndarray
+
+
+#: How examples are cut into batches: so many each, or by length into so many tokens each.
+Batching = int | Budget
+#: Examples of a batch of short sequences.
+MOST_EXAMPLES = 1024
+
+
+def batches(ids: Sequence[int], size: Batching) -> Iterator[Sequence[int]]:
+    """`ids` in pieces: of so many in order; or of a budget of tokens, the shortest first, so that little is computed on padding.
+
+    An example that is longer than the budget is a batch of its own. `in_order` undoes the sorting.
+    """
+    if isinstance(size, int):
+        for start in range(0, len(ids), size):
+            yield ids[start : start + size]
+        return
+    found: list[int] = []
+    for i in sorted(ids, key=lambda i: (size.lengths[i], i)):
+        if found and ((len(found) + 1) * int(size.lengths[i]) > size.tokens or len(found) == MOST_EXAMPLES):
+            yield found
+            found = []
+        found.append(i)
+    if found:
+        yield found
+
+
+def in_order(ids: Sequence[int], parts: Sequence[Sequence[int]]) -> Tensor | None:
+    """Where each of `ids` is in the concatenation of the batches they were cut into; None where they are in order already."""
+    places = {i: place for place, i in enumerate(i for part in parts for i in part)}
+    order = torch.tensor([places[i] for i in ids])
+    return None if bool((order == torch.arange(len(order))).all()) else order
+
+
+def lengths_of(problem: Problem, split: Split, examples: int) -> np.ndarray | None:
+    """Tokens of each example, int64 (examples,), as the problem tells them; None where it does not.
+
+    Raises InputError where they are not one whole number above 0 per example.
+    """
+    told = problem.lengths(split)
+    if told is None:
+        return None
+    found = np.asarray(told)
+    if found.shape != (examples,) or found.dtype.kind not in "iu" or found.min(initial=1) < 1:
+        raise InputError(
+            f"{type(problem).__name__}.lengths({split!r}) must be {examples} whole numbers above 0, the tokens of each example; "
+            f"got shape {found.shape} of {found.dtype}; mend it, or return None"
+        )
+    return found.astype(np.int64)
 
 
 def digest(

@@ -5,8 +5,9 @@ A direction of a block is either a matrix per query, or a short sum of outer pro
     Dense:    V_q                                   matrix (query, groups, out, in)
     Factored: V_q = sum_r left_qr right_qr^T        left (query, rank, groups, out), right (query, rank, groups, in)
 
-Query gradients are kept factored (rank = positions) where that takes less memory than the matrices; what is scored is factored only
-where that is also fewer multiplications (see `tda.costs`), as it always is for GradDot with one position per example.
+Query gradients are kept factored (rank = positions) where that takes less memory than the matrices; what is scored is factored where
+that is also fewer multiplications (see `tda.costs`), as it always is for GradDot with one position per example, or where a low rank is
+asked for (`tda.lowrank`). Its matrices are then made as they are needed, unless scoring term by term is cheaper.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch import Tensor
 from tda.attributed import Attributed
 from tda.blocks import Block, Pair, example_gradients
 from tda.capture import Tape
-from tda.costs import gram_form, rows_smaller
-from tda.data import batches
+from tda.costs import by_terms, gram_form, rows_smaller
+from tda.data import Batching, batches, in_order
 from tda.errors import InputError
 from tda.problem import Batch
 from tda.products import Products, fast_float32, matmul
@@ -50,6 +51,13 @@ class Factored:
 
 Direction = Dense | Factored
 
+#: Matrices of factored directions are made for at most this many bytes at a time while they are scored.
+MATRIX_BYTES = 32 << 20
+#: Up to this many bytes, they are made once for all batches.
+HELD_BYTES = 1 << 30
+#: Examples of a batch, where what is made of the directions serves all batches.
+ENDLESS = 1 << 30
+
 
 def dense(direction: Direction) -> Tensor:
     """The matrices (query, groups, out, in) of a direction."""
@@ -63,8 +71,8 @@ def count(direction: Direction) -> int:
     return len(direction.matrix) if isinstance(direction, Dense) else len(direction.left)
 
 
-def take(direction: Direction, queries: slice) -> Direction:
-    """The directions of some queries."""
+def take(direction: Direction, queries: slice | Tensor) -> Direction:
+    """The directions of some queries, by a slice or by their places."""
     if isinstance(direction, Dense):
         return Dense(direction.matrix[queries])
     return Factored(direction.left[queries], direction.right[queries])
@@ -77,6 +85,17 @@ def scorable(direction: Direction, block: Block) -> Direction:
     return direction
 
 
+def held(blocks: Sequence[Block], directions: Sequence[Direction], limit: int = HELD_BYTES) -> list[Direction]:
+    """Directions as they are scored: the matrices of all that meet gradients are made at once, where they are within `limit` bytes.
+
+    Embeddings' stay as they are, since only the columns of an example's tokens are needed.
+    """
+    each = list(zip(blocks, directions, strict=True))
+    if sum((d.matrix if isinstance(d, Dense) else d.left).element_size() * count(d) * b.size for b, d in each) > limit:
+        return list(directions)
+    return [Dense(dense(d)) if meets_gradients(d, b, b.positions, ENDLESS) else d for b, d in each]
+
+
 def scaled(direction: Direction, by: float | Tensor) -> Direction:
     """The direction times a number, or a number per query (query,)."""
     by = torch.as_tensor(by)
@@ -85,27 +104,45 @@ def scaled(direction: Direction, by: float | Tensor) -> Direction:
     return Factored(direction.left * by.to(direction.left).view(-1, 1, 1, 1), direction.right)
 
 
+def meets_gradients(direction: Direction, block: Block, positions: int, batch: int) -> bool:
+    """Whether a direction is multiplied with per-example gradients; else with their rows, for which none are made."""
+    if block.form == "embedding":
+        return False
+    if isinstance(direction, Dense):
+        return True
+    return not by_terms(direction.rank, positions, count(direction), batch, block.out, block.in_)
+
+
 def inner(direction: Direction, block: Block, pairs: Sequence[Pair], gradients: Tensor | None, products: Products = "full") -> Tensor:
     """<V_q, D_b> for every query and example of a batch: (query, batch).
 
-    gradients: the batch's per-example gradients (batch, groups, out, in), needed by a dense direction unless the block is an embedding.
+    gradients: the batch's per-example gradients (batch, groups, out, in), where the direction meets them (`meets_gradients`); else None.
     """
+    if gradients is not None:
+        return _met(direction, gradients.flatten(1).T, products).to(gradients.dtype)
     if isinstance(direction, Factored):
         return sum((_factored_inner(direction, pair, products) for pair in pairs[1:]), start=_factored_inner(direction, pairs[0], products))
-    if block.form == "embedding":
-        return sum((_embedding_inner(direction.matrix, pair) for pair in pairs[1:]), start=_embedding_inner(direction.matrix, pairs[0]))
-    assert gradients is not None
-    return matmul(direction.matrix.flatten(1), gradients.flatten(1).T, products).to(gradients.dtype)
+    assert block.form == "embedding"
+    return sum((_embedding_inner(direction.matrix, pair) for pair in pairs[1:]), start=_embedding_inner(direction.matrix, pairs[0]))
+
+
+def _met(direction: Direction, gradients: Tensor, products: Products) -> Tensor:
+    """Of gradients (size, batch): (query, batch). Matrices of factored directions are made for as many queries as are bounded in memory."""
+    if isinstance(direction, Dense):
+        return matmul(direction.matrix.flatten(1), gradients, products)
+    step = max(1, MATRIX_BYTES // (len(gradients) * direction.left.element_size()))
+    each = [dense(take(direction, slice(k, k + step))).flatten(1) for k in range(0, count(direction), step)]
+    return torch.cat([matmul(matrix, gradients, products) for matrix in each])
 
 
 def _factored_inner(direction: Factored, pair: Pair, products: Products) -> Tensor:
     groups, batch, positions, _ = pair.left.shape
     total = pair.left.new_zeros(len(direction.left), batch)
-    left, right = pair.left.flatten(1, 2), pair.right.flatten(1, 2)
+    left, right = pair.left.flatten(1, 2), pair.right.flatten() if pair.one_hot else pair.right.flatten(1, 2)
     for g in range(groups):
         for r in range(direction.rank):
             a = matmul(direction.left[:, r, g], left[g].T, products)
-            b = matmul(direction.right[:, r, g], right[g].T, products)
+            b = direction.right[:, r, g][:, right] if pair.one_hot else matmul(direction.right[:, r, g], right[g].T, products)
             if positions == 1:
                 total.addcmul_(a, b)
             else:
@@ -120,15 +157,16 @@ def _embedding_inner(matrix: Tensor, pair: Pair) -> Tensor:
     return torch.stack(each, 1)
 
 
-def query_measurements(attributed: Attributed, dataset: Any, ids: Sequence[int], *, batch_size: int) -> Tensor:
+def query_measurements(attributed: Attributed, dataset: Any, ids: Sequence[int], *, batch_size: Batching) -> Tensor:
     """The measurements (query,) of `query_gradients`, by forward passes alone; InputError as there."""
-    values = []
+    values, parts = [], list(batches(ids, batch_size))
     with fast_float32(), torch.no_grad():
-        for part in batches(ids, batch_size):
+        for part in parts:
             batch = attributed.load(dataset, part)
             tape = attributed.tape(batch)
             values.append(_measured(attributed, tape, batch, part))
-    return torch.cat(values)
+    order = in_order(ids, parts)
+    return torch.cat(values) if order is None else torch.cat(values)[order]
 
 
 def _measured(attributed: Attributed, tape: Tape, batch: Batch, ids: Sequence[int]) -> Tensor:
@@ -137,22 +175,26 @@ def _measured(attributed: Attributed, tape: Tape, batch: Batch, ids: Sequence[in
     return measured
 
 
-def query_gradients(attributed: Attributed, dataset: Any, ids: Sequence[int], *, batch_size: int) -> tuple[list[Direction], Tensor]:
+def query_gradients(attributed: Attributed, dataset: Any, ids: Sequence[int], *, batch_size: Batching) -> tuple[list[Direction], Tensor]:
     """Gradients of the measurement at the queries, block by block, and the measurements (query,).
 
     Raises InputError naming the query whose measurement is not finite.
     """
     found: list[list[Direction]] = []
-    values = []
+    values, parts = [], list(batches(ids, batch_size))
     with fast_float32():
-        for part in batches(ids, batch_size):
+        for part in parts:
             batch = attributed.load(dataset, part)
             tape = attributed.tape(batch)
             values.append(_measured(attributed, tape, batch, part))
             pairs = tape.pairs(tape.seed(tape.measurement))
             found.append([_gradient(block, p) for block, p in zip(attributed.blocks, pairs, strict=True)])
+    order = in_order(ids, parts)
     # Parts are let go as they are joined: both together would be twice the memory.
-    return [join([part.pop(0) for part in found]) for _ in attributed.blocks], torch.cat(values)
+    each = (join([part.pop(0) for part in found]) for _ in attributed.blocks)
+    if order is None:
+        return list(each), torch.cat(values)
+    return [take(direction, order) for direction in each], torch.cat(values)[order]
 
 
 def check_finite(values: Tensor, ids: Sequence[int], what: str) -> None:
@@ -182,6 +224,22 @@ def join(parts: Sequence[Direction]) -> Direction:
 
     factored = [part for part in parts if isinstance(part, Factored)]
     return Factored(torch.cat([padded(p.left) for p in factored]), torch.cat([padded(p.right) for p in factored]))
+
+
+def extend(whole: Direction | None, part: Direction, start: int, queries: int) -> Direction:
+    """`part` from place `start` on in `queries` directions, those before being in `whole`: so that parts are let go one by one."""
+    if whole is not None and [t.shape[1:] for t in _tensors(whole)] != [t.shape[1:] for t in _tensors(part)]:
+        part = join([take(whole, slice(start)), part])
+        whole, start = None, 0
+    if whole is None:
+        whole = type(part)(*(t.new_empty(queries, *t.shape[1:]) for t in _tensors(part)))
+    for into, t in zip(_tensors(whole), _tensors(part), strict=True):
+        into[start : start + len(t)] = t
+    return whole
+
+
+def _tensors(direction: Direction) -> tuple[Tensor, ...]:
+    return (direction.matrix,) if isinstance(direction, Dense) else (direction.left, direction.right)
 
 
 def squared_norms(direction: Direction) -> Tensor:

@@ -80,6 +80,13 @@ class Problem(ABC):
         """
         fill(model, state, where)
 
+    def lengths(self, split: Split) -> Sequence[int] | None:
+        """Tokens of every example of a split, where examples are sequences of different lengths: batches are then cut by length.
+
+        None, the default: batches have a fixed number of examples, in order.
+        """
+        return None
+
     def groups(self, model: nn.Module) -> Mapping[str, Sequence[str]]:
         """Names of modules by a word that stands for all of them in `modules` and `exclude`, such as "mlp"; none by default."""
         return {}

@@ -12,8 +12,8 @@ from torch import Tensor
 from tda.attributed import Attributed
 from tda.blocks import Block, Pair, example_gradients
 from tda.capture import Tape
-from tda.data import batches
-from tda.directions import Dense, Direction, check_finite, inner, scaled
+from tda.data import Batching, batches, in_order
+from tda.directions import Dense, Direction, Factored, check_finite, inner, meets_gradients, scaled
 from tda.products import Products, fast_float32
 from tda.projection import Projection, add_block, features_of
 from tda.self_products import (
@@ -92,25 +92,33 @@ def score(
     ids: Sequence[int],
     *,
     examples: int,
-    batch_size: int,
+    batch_size: Batching,
     products: Products = "full",
     self_influence: bool = True,
 ) -> ShardScores:
     """Score training examples `ids` of a training set of `examples` (N) under every method.
 
     influence[q, i] = (1/N) <V_q, grad l_i>: the change of measurement q predicted from adding example i to the training objective with
-    weight 1/N. Cosine methods are divided by the norms instead. Raises InputError naming an example whose loss is not finite.
+    weight 1/N. Cosine methods are divided by the norms instead. batch_size: examples, or a budget of tokens. Raises InputError naming an
+    example whose loss is not finite.
     """
     with fast_float32():
-        parts = batches(ids, batch_size)
+        parts = list(batches(ids, batch_size))
         found = [_score_batch(attributed, scorers, dataset, part, examples, products, self_influence) for part in parts]
+    order = in_order(ids, parts)
+
+    def joined(each: Sequence[Tensor]) -> Tensor:
+        """Along the last axis, in the order of `ids`."""
+        whole = torch.cat(tuple(each), -1)
+        return whole if order is None else whole[..., order]
+
     selves = [f.self_influence for f in found if f.self_influence is not None]
     return ShardScores(
-        torch.cat([f.influence for f in found], 2),
-        torch.cat(selves, 1) if selves else None,
-        torch.cat([f.loss for f in found]),
+        joined([f.influence for f in found]),
+        joined(selves) if selves else None,
+        joined([f.loss for f in found]),
         torch.stack([f.mass for f in found]).sum(0),
-        {m: torch.cat([f.stderr[m] for f in found], 1) for m in found[0].stderr},
+        {m: joined([f.stderr[m] for f in found]) for m in found[0].stderr},
     )
 
 
@@ -201,15 +209,18 @@ def _to_unit(scorer: Scorer, influence: Tensor, own: Tensor, norms: Tensor, exam
 
 def _block_scores(block: Block, directions: Sequence[Direction], pairs: Sequence[Pair], products: Products) -> list[Tensor]:
     """(query, batch) of each direction for one block; gradients are made once for all of them, in pieces that bound the memory."""
-    needed = block.form != "embedding" and any(isinstance(d, Dense) for d in directions)
-    size = pairs[0].left.shape[1]
-    step = max(1, GRADIENT_BYTES // (4 * block.size)) if needed else size
+    size, positions = pairs[0].left.shape[1], sum(pair.positions for pair in pairs)
+    meeting = [meets_gradients(d, block, positions, size) for d in directions]
+    needed = any(meeting)
+    # Matrices of factored directions are made anew for each piece: fewer, larger pieces then.
+    bound = GRADIENT_BYTES * (4 if any(m and isinstance(d, Factored) for m, d in zip(meeting, directions, strict=True)) else 1)
+    step = max(1, bound // (4 * block.size)) if needed else size
     pieces: list[list[Tensor]] = [[] for _ in directions]
     for start in range(0, size, step):
         part = pairs if step >= size else [part_of(pair, start, start + step) for pair in pairs]
         gradients = _gradients(block, part, products) if needed else None
-        for into, direction in zip(pieces, directions, strict=True):
-            into.append(inner(direction, block, part, gradients, products))
+        for into, direction, meets in zip(pieces, directions, meeting, strict=True):
+            into.append(inner(direction, block, part, gradients if meets else None, products))
     return [p[0] if len(p) == 1 else torch.cat(p, 1) for p in pieces]
 
 

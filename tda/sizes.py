@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 from tda.blocks import Block
+from tda.directions import HELD_BYTES
+from tda.lowrank import keeps_full
 
 #: A batch's captured rows and their copies are kept below this.
 BATCH_BYTES = 128 << 20
@@ -25,6 +27,11 @@ def batch_size(blocks: Sequence[Block], outputs: int, *, itemsize: int) -> int:
     return 1 << max(0, min(10, int(math.log2(max(fitting, 1)))))
 
 
+def batch_tokens(blocks: Sequence[Block], outputs: int, seen: int, *, itemsize: int) -> int:
+    """Tokens per forward pass of sequences: as many as fit BATCH_BYTES. blocks and outputs are those of examples of `seen` tokens."""
+    return max(1, BATCH_BYTES * seen // max(int(itemsize * sum(map(_held, blocks)) + 32 * outputs), 1))
+
+
 def _held(block: Block) -> float:
     """Numbers held for one example of a block while it is computed."""
     if block.form == "conv":
@@ -32,13 +39,16 @@ def _held(block: Block) -> float:
     return 1.5 * block.positions * block.groups * (block.out + (block.in_ if block.form != "embedding" else 1))
 
 
-def scoring_batch(blocks: Sequence[Block], batch: int, queries: int, *, itemsize: int) -> int:
+def scoring_batch(blocks: Sequence[Block], batch: int, queries: int, ranks: Sequence[int | None], *, itemsize: int) -> int:
     """Examples per forward pass while scoring: `batch`, or more where the directions are so many bytes that reading them costs time.
 
-    Every batch reads all directions once; beyond the caches a batch that is too small waits for memory instead of multiplying.
+    Every batch reads all directions once; beyond the caches a batch that is too small waits for memory instead of multiplying. Where
+    matrices are made of low ranks anew for every batch (`tda.directions.held`), that is shared by more examples still.
     """
-    directions = itemsize * queries * sum(b.size for b in blocks)
-    return batch * (2 if directions > STREAMED_BYTES else 1)
+    short, whole = (itemsize * queries * direction_numbers(blocks, each) for each in (ranks, [None] * len(ranks)))
+    if short < whole and whole > HELD_BYTES:
+        return 4 * batch
+    return batch * (2 if short > STREAMED_BYTES else 1)
 
 
 def shard_size(examples: int) -> int:
@@ -46,7 +56,12 @@ def shard_size(examples: int) -> int:
     return max(256, min(4096, math.ceil(examples / 64)))
 
 
-def query_block(blocks: Sequence[Block], queries: int, methods: int, *, itemsize: int) -> int:
-    """Queries whose directions are held in memory at a time."""
-    each = itemsize * methods * sum(b.size for b in blocks)
+def direction_numbers(blocks: Sequence[Block], ranks: Sequence[int | None]) -> int:
+    """Numbers in the directions of one query: of as many passes over training gradients as there are ranks, None being in full."""
+    return sum(b.size if rank is None or keeps_full(b, rank) else b.groups * rank * (b.out + b.in_) for rank in ranks for b in blocks)
+
+
+def query_block(blocks: Sequence[Block], queries: int, ranks: Sequence[int | None], *, itemsize: int) -> int:
+    """Queries whose directions are held in memory at a time: one for each of `ranks`, as in `direction_numbers`."""
+    each = itemsize * direction_numbers(blocks, ranks)
     return max(1, min(queries, DIRECTION_BYTES // max(each, 1)))

@@ -14,6 +14,8 @@ from types import ModuleType
 
 from tda.errors import InputError
 
+#: How often a source is parsed again where Python fails at it.
+PARSED_AGAIN = 5
 #: What this process had imported when it was first seen here: the module's spec, which a reload replaces, and the digest of its source.
 _IMPORTED: dict[str, tuple[ModuleSpec | None, str]] = {}
 
@@ -55,7 +57,7 @@ def check_current(module: ModuleType) -> None:
 
 def _imports(text: bytes, package: str) -> Iterator[str]:
     """Absolute names of what a source imports, packages before what is in them; a name taken out of a module may be a module."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(_parsed(text)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from _with_parents(alias.name)
@@ -65,6 +67,16 @@ def _imports(text: bytes, package: str) -> Iterator[str]:
             if base:
                 yield from _with_parents(base)
                 yield from (f"{base}.{alias.name}" for alias in node.names if alias.name != "*" and _own_file(base))
+
+
+def _parsed(text: bytes) -> ast.Module:
+    """The syntax tree. Threads of Python 3.11 that parse at the same time share a counter, and one of them may be told that it is wrong."""
+    for _ in range(PARSED_AGAIN):
+        try:
+            return ast.parse(text)
+        except SystemError:
+            continue
+    return ast.parse(text)
 
 
 def _with_parents(name: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tda.attributed import Attributed
 from tda.blocks import Block, Pair
 from tda.curvature.fisher import Fisher, seeds
-from tda.data import batches
+from tda.data import Batching, batches
 from tda.products import Products, fast_float32, matmul
 
 #: Above this width only the upper triangle is computed, in tiles this wide: nearly half the products are saved.
@@ -29,7 +29,14 @@ class Covariance:
 
 
 def covariance_sums(
-    attributed: Attributed, dataset: Any, ids: Sequence[int], *, fisher: Fisher, seed: int, batch_size: int, products: Products = "full"
+    attributed: Attributed,
+    dataset: Any,
+    ids: Sequence[int],
+    *,
+    fisher: Fisher,
+    seed: int,
+    batch_size: Batching,
+    products: Products = "full",
 ) -> list[Covariance]:
     """Sums over examples `ids` of A = sum_t a_t a_t^T and S = E_y sum_t s_t s_t^T for every block (Grosse et al. 2023, eq. 17)."""
     sums = [_zeros(block, attributed.dtype) for block in attributed.blocks]

@@ -14,7 +14,7 @@ from tda.blocks import Block, Pair
 from tda.costs import rows_first
 from tda.curvature.covariances import Covariance
 from tda.curvature.fisher import Fisher, seeds
-from tda.data import batches
+from tda.data import Batching, batches
 from tda.products import Products, fast_float32, matmul
 
 #: Rotated gradients are made for so many entries at a time: a megabyte in float32.
@@ -67,7 +67,7 @@ def eigenvalue_sums(
     *,
     fisher: Fisher,
     seed: int,
-    batch_size: int,
+    batch_size: Batching,
     products: Products = "full",
 ) -> list[Tensor]:
     """Sums over examples of (U_S^T D_i U_A)^2, (groups, out, in) for every block; divided by the number of examples they are Lambda.

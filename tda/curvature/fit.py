@@ -9,11 +9,12 @@ from tda.attributed import Attributed
 from tda.curvature.covariances import covariance_sums
 from tda.curvature.eigen import Factor, decompose, eigenvalue_sums
 from tda.curvature.fisher import Fisher
+from tda.data import Batching
 from tda.products import Products
 
 
 def fit_factors(
-    attributed: Attributed, dataset: Any, *, fisher: Fisher, seed: int = 0, batch_size: int, products: Products = "full"
+    attributed: Attributed, dataset: Any, *, fisher: Fisher, seed: int = 0, batch_size: Batching, products: Products = "full"
 ) -> list[Factor]:
     """The K-FAC and EK-FAC factors of every block over a whole dataset."""
     ids = range(len(dataset))

@@ -65,6 +65,10 @@ class Sequences:
             )
         return start, min(stop, start + self.limit)
 
+    def lengths(self) -> Any:
+        """Tokens of every example, (examples,) int64: none is read."""
+        return np.minimum(np.diff(self.documents.ends), self.limit).clip(1)
+
     def _following(self, start: int, stop: int) -> Any:
         """Labels of the following tokens of [start, stop), (tokens,) int64."""
         last = min(stop + 1, int(self.documents.ends[-1]) + self.documents.after) if self.packed else stop

@@ -14,14 +14,14 @@ from tda.blocks import Block, Pair, example_gradients
 from tda.curvature.inverse import HEURISTIC, Damping
 from tda.data import batches
 from tda.directions import Dense, Direction, dense
-from tda.methods.method import Method
 from tda.methods.options import SaneDamping
+from tda.methods.shortened import Shortened
 from tda.methods.work import Made, Work
 from tda.products import Products, fast_float32, matmul
 from tda.self_products import GRADIENT_BYTES, gradient_squares, part_of
 
 
-class DataInf(Method):
+class DataInf(Shortened):
     """influence[q, i] = -(1/N) g_q^T M g_i per layer, M = (1/N) sum_j (g_j g_j^T + lambda I)^-1.
 
     By Sherman and Morrison M v = (1/lambda) (v - (1/N) sum_j g_j (g_j . v) / (lambda + |g_j|^2)): a pass over the training gradients for

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tda.blocks import Block
 from tda.curvature.eigen import Factor
@@ -29,6 +29,14 @@ class EKFAC(KFAC):
     name: Literal["ekfac"] = "ekfac"  # type: ignore[assignment]
     separable: float = Field(default=0.0, ge=0.0, le=0.1)
     spectrum: ClassVar[Literal["kfac", "ekfac"]] = "ekfac"
+
+    @model_validator(mode="after")
+    def _one_approximation_at_a_time(self) -> Self:
+        if self.separable > 0 and self.query_rank is not None:
+            raise ValueError(
+                f"query_rank = {self.query_rank} and separable = {self.separable:g} approximate the same; leave one of them out"
+            )
+        return self
 
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_q = -(F_ekfac + lambda I)^-1 g_q; factored where `separable` allows it, it is cheaper, and what is measured says so too.

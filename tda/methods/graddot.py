@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from tda.directions import Direction, scaled, scorable
-from tda.methods.method import Method
+from tda.methods.shortened import Shortened
 from tda.methods.work import Made, Work
 from tda.self_products import Own, Plain
 
 
-class GradDot(Method):
+class GradDot(Shortened):
     """influence[q, i] = -(1/N) grad f_q . grad l_i."""
 
     name: Literal["graddot"] = "graddot"

@@ -16,8 +16,8 @@ from tda.curvature.fisher import Fisher
 from tda.curvature.inverse import HEURISTIC
 from tda.directions import Dense, Direction, dense
 from tda.flat import flatten, unflatten
-from tda.methods.method import Method
 from tda.methods.options import SaneDamping
+from tda.methods.shortened import Shortened
 from tda.methods.work import Fit, Made, Work
 from tda.solvers.astra import NAMED, Schedule, astra
 from tda.solvers.cg import conjugate_gradients
@@ -30,7 +30,7 @@ BatchSize = int | Literal["full"]
 ScheduleName = Literal["tuned", "paper", "paper-convnet", "paper-gpt2"]
 
 
-class Iterative(Method):
+class Iterative(Shortened):
     """influence[q, i] = -(1/N) g_q^T (C + lambda I)^-1 g_i, C the `curvature` of the mean loss over the training examples.
 
     damping: an absolute lambda, or "heuristic": 0.1 x the mean eigenvalue of the Fisher over all attributed parameters, known from the

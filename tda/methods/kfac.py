@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from tda.blocks import Block
 from tda.curvature.eigen import Factor
 from tda.curvature.fisher import Fisher
 from tda.curvature.inverse import damping_value, inverse_eigenvalues
-from tda.directions import Dense, Direction, take
-from tda.methods.method import Method
+from tda.directions import Dense, Direction, count, take
+from tda.lowrank import Short, joined, keeps_full, stated
 from tda.methods.options import SaneDamping
-from tda.methods.precondition import precondition
+from tda.methods.precondition import precondition, precondition_short
+from tda.methods.shortened import Shortened
 from tda.methods.work import Fit, Made, Work
 from tda.products import Products, fast_float32
 from tda.self_products import Kronecker, Own
@@ -23,7 +25,7 @@ from tda.self_products import Kronecker, Own
 CHUNK = 1 << 22
 
 
-class KFAC(Method):
+class KFAC(Shortened):
     """influence[q, i] = -(1/N) g_q^T (S (x) A + lambda I)^-1 g_i per layer.
 
     fisher: "exact" (expectation over labels; few classes or a Gaussian likelihood), "sampled" (labels drawn per example id) or
@@ -44,18 +46,37 @@ class KFAC(Method):
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_q = -(F + lambda I)^-1 g_q in the Kronecker eigenbasis, block by block."""
         (factors,) = work.curvature
-        each = zip(work.attributed.blocks, factors, gradients, strict=True)
+        each = list(zip(work.attributed.blocks, factors, gradients, strict=True))
         with fast_float32():
-            return Made([[self.direction(block, factor, g, work.products) for block, factor, g in each]])
+            if self.query_rank is None:
+                return Made([[self.direction(block, factor, g, work.products) for block, factor, g in each]])
+            made: list[Direction] = []
+            errors: list[Tensor | None] = []
+            for block, factor, gradient in each:
+                if keeps_full(block, self.query_rank):
+                    made.append(self.direction(block, factor, gradient, work.products))
+                    errors.append(None)
+                else:
+                    short = self._short(block, factor, gradient, self.query_rank, work.products)
+                    made.append(short.direction)
+                    errors.append(short.error)
+        return Made([made], {"low_rank": stated(work.attributed.blocks, self.query_rank, errors)})
+
+    def _short(self, block: Block, factor: Factor, gradient: Direction, rank: int, products: Products) -> Short:
+        """V_q of one block in `rank` terms."""
+        inverse = -inverse_eigenvalues(factor, self.spectrum, self.damping)
+        step = max(1, CHUNK // block.size)
+        some = (take(gradient, slice(k, k + step)) for k in range(0, count(gradient), step))
+        return joined([precondition_short(factor, each, inverse, rank, products) for each in some])
 
     def direction(self, block: Block, factor: Factor, gradient: Direction, products: Products) -> Direction:
         """V_q of one block."""
         inverse = -inverse_eigenvalues(factor, self.spectrum, self.damping)
-        count = len(gradient.matrix if isinstance(gradient, Dense) else gradient.left)
+        queries = count(gradient)
         dtype = torch.bfloat16 if products == "bfloat16" else inverse.dtype
-        matrix = torch.empty(count, *inverse.shape, dtype=dtype)
+        matrix = torch.empty(queries, *inverse.shape, dtype=dtype)
         step = max(1, CHUNK // block.size)
-        for k in range(0, count, step):
+        for k in range(0, queries, step):
             some = slice(k, k + step)
             matrix[some] = precondition(factor, take(gradient, some), inverse, products)
         return Dense(matrix)

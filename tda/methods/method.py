@@ -71,6 +71,11 @@ class Method(BaseModel):
         return type(self).own is not Method.own or type(self).owns is not Method.owns
 
     @property
+    def rank(self) -> int | None:
+        """Terms in which each layer's directions are kept; None: in full."""
+        return None
+
+    @property
     def passes(self) -> int:
         """How many directions of each query are scored."""
         return 1

@@ -26,9 +26,9 @@ from tda.curvature.inverse import spectrum
 from tda.curvature.unrolled import respond, survive
 from tda.directions import Dense, Direction, take
 from tda.methods.kfac import CHUNK
-from tda.methods.method import Method
 from tda.methods.options import SaneDamping
 from tda.methods.precondition import precondition
+from tda.methods.shortened import Shortened
 from tda.methods.work import Fit, Made, Work
 from tda.products import Products, fast_float32
 from tda.trajectory import Segment
@@ -49,7 +49,7 @@ def _damping(value: object) -> object:
     return value
 
 
-class Source(Method):
+class Source(Shortened):
     """influence[q, i] = -(1/N) g_q^T sum_l S_L ... S_{l+1} R_l gbar_l(i), C_l being EK-FAC pooled over the segment's checkpoints.
 
     fisher: as for ekfac. segments: how many, or the step at which each stops; per_segment: checkpoints that stand for one. damping:

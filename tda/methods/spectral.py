@@ -13,8 +13,8 @@ from tda import flat
 from tda.blocks import Block
 from tda.curvature.spectrum import NEGATIVES, Inverse, Negative, Spectrum, check_memory, damping_of, inverse_values, is_psd, solve
 from tda.directions import Dense, Direction, dense
-from tda.methods.method import Method
 from tda.methods.options import SaneDamping
+from tda.methods.shortened import Shortened
 from tda.methods.work import Fit, Made, Work
 from tda.self_products import Own, WholeSpectra
 from tda.solvers.operator import Curvature
@@ -50,7 +50,7 @@ def _size(value: object) -> object:
     return value
 
 
-class GGN(Method):
+class GGN(Shortened):
     """influence[q, i] = -(1/N) g_q^T f(G) g_i, with G = (1/N) sum_i J_i^T H_out,i J_i formed in full and eigendecomposed in float64.
 
     damping: lambda in f(s) = 1 / (s + lambda); or "heuristic", 0.1 x the mean eigenvalue. pinv: eigenvalues below it are left out; with

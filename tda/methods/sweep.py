@@ -38,6 +38,26 @@ def expand(tables: Sequence[dict[str, Any]]) -> list[Swept]:
     return found
 
 
+def ranked(tables: Sequence[dict[str, Any]], rank: int | None) -> list[dict[str, Any]]:
+    """Tables with a run's query_rank where their own say nothing.
+
+    Raises:
+        InputError: one is of a method that has no directions to shorten.
+    """
+    from tda.methods import METHODS
+
+    if rank is None:
+        return list(tables)
+    for table in tables:
+        kind = METHODS.get(str(table.get("name")))
+        if kind is not None and "query_rank" not in kind.model_fields:
+            raise InputError(
+                f"query_rank = {rank} is not for method {table['name']!r}, whose scores are no products with directions, or whose "
+                "directions are multiplied on; give it in the [[methods]] tables of the others"
+            )
+    return [{"query_rank": rank, **table} for table in tables]
+
+
 def _named(damping: Any) -> str:
     """A damping as part of a label."""
     number = isinstance(damping, int | float) and not isinstance(damping, bool)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from tda.directions import Direction, scaled, scorable
-from tda.methods.method import Method
+from tda.methods.shortened import Shortened
 from tda.methods.work import Made, Work
 from tda.self_products import Own, Plain
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tda.trajectory import Segment
 
 
-class TracIn(Method):
+class TracIn(Shortened):
     """TracInCP: influence[q, i] = -(1/N) sum_c t_c grad f_q(w_c) . grad l_i(w_c).
 
     The training is cut into `checkpoints` stretches of equal numbers of steps; w_c is the checkpoint nearest to the middle of stretch c,

@@ -174,6 +174,11 @@ class _Language(tda.Problem):
         """The same; one document each, packing or not."""
         return self._query
 
+    def lengths(self, split: Split) -> Sequence[int]:
+        """Tokens of each example."""
+        found: Sequence[int] = (self._train if split == "train" else self._query).lengths()
+        return found
+
     def notes(self) -> Sequence[str]:
         """Training examples without a labelled token: all their scores are 0."""
         silent = self._train.unlabelled()

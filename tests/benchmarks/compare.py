@@ -43,7 +43,15 @@ class Group:
 GROUPS = (
     Group("D", {"float32": (), "float32, separable 1e-3": ("--separable", "1e-3")}),
     Group("C", {"float32": ()}),
-    Group("T", {"float32": (), "bfloat16 products": ("--products", "bfloat16")}),
+    Group(
+        "T",
+        {
+            "float32": (),
+            "bfloat16 products": ("--products", "bfloat16"),
+            "bfloat16 products and layers": ("--products", "bfloat16", "--autocast"),
+            "rank 32": ("--query-rank", "32"),
+        },
+    ),
 )
 MORE = (
     Group("C", {"float32, both on oneDNN": ()}, ("--onednn",)),

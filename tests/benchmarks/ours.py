@@ -12,7 +12,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ import tda
 from tda import sizes
 from tda.attributed import Attributed
 from tda.curvature.fit import fit_factors
-from tda.directions import query_gradients
+from tda.data import batches
+from tda.directions import held, query_gradients
 from tda.methods import EKFAC
+from tda.methods.work import Work
 from tda.modules import inspect
-from tda.products import fast_float32
 from tda.scoring import Scorer, score
 from tests import cases
 
@@ -51,8 +53,9 @@ class Examples:
 class CaseProblem(tda.Problem):
     """A fixed case. Tokens are labelled with the token that follows; the last has no label."""
 
-    def __init__(self, case: cases.Case, limit: int | None = None) -> None:
+    def __init__(self, case: cases.Case, limit: int | None = None, queries: int | None = None) -> None:
         self.case, self.limit = case, limit
+        self.asked = torch.arange(queries or len(case.query_inputs)) % len(case.query_inputs)
         self.likelihood = tda.TokenCategorical() if case.name == "T" else tda.Categorical()
 
     def model(self) -> torch.nn.Module:
@@ -62,7 +65,7 @@ class CaseProblem(tda.Problem):
         return self._examples(self.case.train_inputs[: self.limit], self.case.train_targets[: self.limit])
 
     def query_data(self) -> Examples:
-        return self._examples(self.case.query_inputs, self.case.query_targets)
+        return self._examples(self.case.query_inputs[self.asked], self.case.query_targets[self.asked])
 
     def _examples(self, inputs: Tensor, targets: Tensor) -> Examples:
         if self.case.name == "T":
@@ -70,37 +73,44 @@ class CaseProblem(tda.Problem):
         return Examples(inputs, targets)
 
 
-def prepared(case: cases.Case, limit: int | None = None) -> tuple[Attributed, Examples, Examples]:
+def prepared(case: cases.Case, limit: int | None = None, queries: int | None = None) -> tuple[Attributed, Examples, Examples]:
     """The case cut into blocks, and its data."""
-    problem = CaseProblem(case, limit)
+    problem = CaseProblem(case, limit, queries)
     train = problem.train_data()
     return inspect(problem, problem.model(), train, modules=TRACKED if case.name == "T" else ("*",)), train, problem.query_data()
 
 
 def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, float], Tensor]:
     """Fit and score once; seconds and the scores (Q, N)."""
-    attributed, train, queries = prepared(case, options.sequences)
+    attributed, train, queries = prepared(case, options.sequences, options.queries)
+    attributed = replace(attributed, autocast=torch.bfloat16) if options.autocast else attributed
     itemsize = torch.finfo(attributed.dtype).bits // 8
     batch_size = options.batch_size or sizes.batch_size(attributed.blocks, attributed.outputs, itemsize=itemsize)
-    scoring = options.scoring_batch or sizes.scoring_batch(attributed.blocks, batch_size, len(queries), itemsize=itemsize)
+    scoring = options.scoring_batch or sizes.scoring_batch(
+        attributed.blocks, batch_size, len(queries), [options.query_rank], itemsize=itemsize
+    )
     damping = "heuristic" if options.damping == "heuristic" else case.fix_damping
-    method = EKFAC(fisher=options.fisher, damping=damping, separable=options.separable)
+    method = EKFAC(fisher=options.fisher, damping=damping, separable=options.separable, query_rank=options.query_rank)
     products = options.products
 
     def fit() -> list[Any]:
         return fit_factors(attributed, train, fisher=options.fisher, batch_size=batch_size, products=products)
 
+    ranks = [options.query_rank]
+    many = options.query_block or sizes.query_block(attributed.blocks, len(queries), ranks, itemsize=itemsize)
+
     def scores(factors: list[Any]) -> Tensor:
-        gradients, values = query_gradients(attributed, queries, range(len(queries)), batch_size=batch_size)
-        directions = []
-        with fast_float32():
-            for block, factor in zip(attributed.blocks, factors, strict=True):
-                directions.append(method.direction(block, factor, gradients.pop(0), products))
+        return torch.cat([scores_of(factors, some) for some in batches(range(len(queries)), many)])
+
+    def scores_of(factors: list[Any], some: Sequence[int]) -> Tensor:
+        gradients, values = query_gradients(attributed, queries, some, batch_size=batch_size)
+        work = Work(attributed, train, [factors], 0, batch_size, products)
+        directions = held(attributed.blocks, method.directions(work, gradients).passes[0])
+        del gradients
         scorer = Scorer(method.title, directions, torch.ones_like(values))
         ids = range(len(train))
         how: dict[str, Any] = {"batch_size": scoring, "products": products, "self_influence": False}
-        found = score(attributed, [scorer], train, ids, examples=len(train), **how)
-        return found.influence[0]
+        return score(attributed, [scorer], train, ids, examples=len(train), **how).influence[0]
 
     if options.warm_up:
         small, _, few = prepared(case, 4)
@@ -145,7 +155,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--damping", choices=["heuristic", "fix"], default="heuristic")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--products", choices=["full", "bfloat16"], default="full")
+    parser.add_argument("--autocast", action="store_true", help="layers forwards and backwards in bfloat16")
     parser.add_argument("--separable", type=float, default=0.0, help="relative error allowed for 1 / (Lambda + lambda) in separable form")
+    parser.add_argument("--query-rank", type=int, help="keep each layer's directions in so many terms")
+    parser.add_argument("--queries", type=int, help="so many queries: the case's, again and again")
+    parser.add_argument("--query-block", type=int, help="queries that are scored at a time; default: as a run chooses")
     parser.add_argument("--sequences", type=int, help="only the first so many training examples")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--scoring-batch", type=int)
@@ -163,7 +177,10 @@ def main(argv: list[str]) -> None:
     measured, scores = measure(case, options)
     if options.save:
         np.save(options.save, scores.numpy())
-    settings = {key: getattr(options, key) for key in ("case", "threads", "fisher", "damping", "dtype", "products", "separable")}
+    settings = {
+        key: getattr(options, key)
+        for key in ("case", "threads", "fisher", "damping", "dtype", "products", "separable", "autocast", "query_rank")
+    }
     print(json.dumps({"ours": "tda", **settings, "shape": list(scores.shape), **measured}))
 
 

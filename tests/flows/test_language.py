@@ -5,6 +5,7 @@ import runpy
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +17,11 @@ from tasks.prepare import examine
 from tasks.subject import forget, open_subject
 from tda import InputError
 from tda.data import load_batch
+from tda.lowrank import ROUGH
 from tda.problem import load_problem, problem_digest
 from tda.results import NotStored
 from tests.tda import language_models as tiny
+from tests.tda.pipeline import attribute
 
 CONFIG = """
 problem = "tda.problems.language:CausalLM"
@@ -144,3 +147,55 @@ def test_the_examples_data_are_what_its_generator_writes_and_its_model_learns_th
     batch = load_batch(problem, problem.query_data(), range(len(problem.query_data())), dtype=torch.float32)
     asked = batch.targets != -100
     assert (problem.predict(model.eval(), batch).argmax(-1) == batch.targets)[asked].float().mean() > 0.9
+
+
+SHORT = """
+[[methods]]
+name = "ekfac"
+fisher = "empirical"
+damping = 0.1
+[[methods]]
+name = "ekfac"
+label = "short"
+query_rank = 2
+fisher = "empirical"
+damping = 0.1
+"""
+
+
+def test_a_run_in_batches_of_tokens_and_a_low_rank_gives_the_full_scores_and_states_what_the_rank_loses(config):
+    text = CONFIG.partition("[[methods]]")[0]
+    config.write_text(text.replace("[problem_options]", "batch_tokens = 15\n[problem_options]") + SHORT)
+    assert status(["run", str(config)]) == 0
+    run, problem = tda.open_run("file:./store"), open_subject(request_of(load_config(config)).subject).attributed.problem
+    attributed = open_subject(request_of(load_config(config)).subject).attributed
+    wanted = attribute(problem, [{"name": "ekfac", "fisher": "empirical", "damping": 0.1}], attributed=attributed, batch_size=1)
+    full, short = run.influence.values
+    np.testing.assert_allclose(full, wanted.influence[0], rtol=1e-4, atol=1e-6 * np.abs(full).max())
+    found = run.manifest["low_rank"]
+    assert list(found) == ["short"]
+    assert set(found["short"]["mean"]) == {f"transformer.h.0.mlp.{layer}" for layer in ("c_fc", "c_proj")}
+    errors = [*found["short"]["mean"].values(), *found["short"]["largest"].values()]
+    assert 0 < min(errors) <= max(errors) < 1
+    assert 0 < np.linalg.norm(short - full) < 2 * max(errors) * np.linalg.norm(full)
+    warned = any("query_rank = 2 keeps the directions of" in note for note in run.manifest["notes"])
+    assert warned == (max(found["short"]["mean"].values()) > ROUGH)
+
+
+def test_ranks_budgets_and_autocast_are_checked_before_anything_is_done(config):
+    with pytest.raises(InputError, match="query_rank must be at least 1, got 0"):
+        load_config(config, ["query_rank=0"])
+    assert json.loads(request_of(load_config(config, ["query_rank=3"])).methods[0])["query_rank"] == 3
+    with pytest.raises(InputError, match="batch_size = 2 counts examples and batch_tokens = 9 tokens; leave one of them out"):
+        examine(request_of(load_config(config, ["batch_size=2", "batch_tokens=9"])))
+    with pytest.raises(InputError, match='autocast = "bfloat16" makes no sense with a float64 model'):
+        examine(request_of(load_config(config, ["autocast=bfloat16"])))
+
+
+def test_tokens_and_checkpointing_of_a_model_without_sequences_or_layers_are_refused(tmp_path):
+    file = tmp_path / "digits.toml"
+    file.write_text('problem = "tda.problems.digits:Digits"\nbatch_tokens = 64\n[[methods]]\nname = "graddot"\n')
+    with pytest.raises(InputError, match=r"does not say how long its examples are; define Problem\.lengths"):
+        examine(request_of(load_config(file)))
+    with pytest.raises(InputError, match=r"checkpoint_activations = true is about layers in an nn\.ModuleList of several"):
+        examine(request_of(load_config(file, ["checkpoint_activations=true"])))

@@ -1,5 +1,6 @@
 """A problem is found by its name, and what is wrong with it is said in one line."""
 
+import ast
 import importlib
 import pickle
 import sys
@@ -235,3 +236,17 @@ def test_an_own_measurement_says_which_direction_is_good():
 def test_a_problem_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         Problem()
+
+
+def test_threads_that_parse_at_the_same_time_do_not_stop_each_other(monkeypatch):
+    wanted, failing, parse = set(sources(sys.modules[Digits.__module__])), [True, True], ast.parse
+
+    def sometimes(text):
+        if failing:
+            failing.pop()
+            raise SystemError("AST constructor recursion depth mismatch (before=84, after=77)")
+        return parse(text)
+
+    monkeypatch.setattr(ast, "parse", sometimes)
+    assert set(sources(sys.modules[Digits.__module__])) == wanted
+    assert not failing
