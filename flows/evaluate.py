@@ -120,7 +120,7 @@ def _completed(config: RunConfig) -> RunConfig:
 
 def _options(config: RunConfig) -> dict[str, Any]:
     assert config.evaluation is not None
-    return config.evaluation.model_dump()
+    return config.evaluation.retraining()
 
 
 def _families(config: RunConfig) -> list[str]:

@@ -21,7 +21,9 @@ def check_gold(gold: Sequence[Sequence[int]], examples: int) -> list[np.ndarray]
         if not len(each):
             raise InputError(f"query {query} has no gold document: problem.gold({query}) is empty; leave the query out")
         if each[0] < 0 or each[-1] >= examples:
-            raise InputError(f"problem.gold({query}) has the id {each[0] if each[0] < 0 else each[-1]}, and documents are 0..{examples - 1}")
+            raise InputError(
+                f"problem.gold({query}) has the id {each[0] if each[0] < 0 else each[-1]}, and documents are 0..{examples - 1}"
+            )
         if (each[1:] == each[:-1]).any():
             raise InputError(f"problem.gold({query}) names document {each[1:][each[1:] == each[:-1]][0]} twice")
         found.append(each)
@@ -41,7 +43,7 @@ def first_ranks(scores: np.ndarray, gold: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def recalls(scores: np.ndarray, gold: Sequence[np.ndarray], k: int = 10) -> np.ndarray:
-    """Share of each query's gold documents among the k nearest, (query,) in [0, 1]; of those that tie for the last places, what is expected.
+    """Share of each query's gold documents among the k nearest, (query,) in [0, 1]; where scores tie for the last places, the expectation.
 
     scores (query, train): higher is nearer. Raises InputError where a score is not a number.
     """
@@ -56,7 +58,6 @@ def recalls(scores: np.ndarray, gold: Sequence[np.ndarray], k: int = 10) -> np.n
 
 def expected_at_random(gold: Sequence[np.ndarray], examples: int, k: int = 10) -> tuple[float, float]:
     """Mean reciprocal rank and recall that an order at random has on average."""
-    most = max(len(ids) for ids in gold)
     # P(first of g golds at rank r) = P(none before) * g / (left), for every g that occurs.
     by_count = {}
     for g in {len(ids) for ids in gold}:
@@ -66,7 +67,6 @@ def expected_at_random(gold: Sequence[np.ndarray], examples: int, k: int = 10) -
             mean += none_yet * (g / left) / r
             none_yet *= 1 - g / left
         by_count[g] = mean
-    assert most <= examples
     return float(np.mean([by_count[len(ids)] for ids in gold])), min(k, examples) / examples
 
 

@@ -173,7 +173,7 @@ class _Facts(tda.Problem):
     likelihood = tda.TokenCategorical()
 
     def __init__(  # noqa: PLR0913  (the keys of a table)
-        self, persons: int, countries: int, objects: int, paraphrases: int, distractors: int, width: int, depth: int, heads: int,
+        self, *, persons: int, countries: int, objects: int, paraphrases: int, distractors: int, width: int, depth: int, heads: int,
         queries: int | None, data_seed: int,
     ) -> None:  # fmt: skip
         most = min(len(ways) for _, ways, _ in RELATIONS.values())
@@ -227,9 +227,9 @@ class _Facts(tda.Problem):
         """Questions about facts that no fine-tuning has asked about; the answer alone is labelled."""
         return self._asking(self.asked.tolist())
 
-    def gold(self, i: int) -> Sequence[int]:
-        """The documents of the pre-training that state what query i asks, as ids."""
-        return [k for k, fact in enumerate(self.world.states) if fact == self.asked[i]]
+    def gold(self, query: int) -> Sequence[int]:
+        """The documents of the pre-training that state what a query asks, as ids."""
+        return [k for k, fact in enumerate(self.world.states) if fact == self.asked[query]]
 
     def describe(self, split: Split, i: int) -> Any:
         """The document; or the question with its answer."""
@@ -255,10 +255,13 @@ class FactCorpus(_Facts):
     """
 
     def __init__(  # noqa: PLR0913  (the keys of a table)
-        self, persons: int = 40, countries: int = 8, objects: int = 12, paraphrases: int = 4, distractors: int = 2, width: int = 64,
+        self, *, persons: int = 40, countries: int = 8, objects: int = 12, paraphrases: int = 4, distractors: int = 2, width: int = 64,
         depth: int = 2, heads: int = 4, queries: int | None = None, data_seed: int = 0, epochs: int = 60, learning_rate: float = 3e-3,
     ) -> None:  # fmt: skip
-        super().__init__(persons, countries, objects, paraphrases, distractors, width, depth, heads, queries, data_seed)
+        super().__init__(
+            persons=persons, countries=countries, objects=objects, paraphrases=paraphrases, distractors=distractors, width=width,
+            depth=depth, heads=heads, queries=queries, data_seed=data_seed,
+        )  # fmt: skip
         self.epochs, self.learning_rate = epochs, learning_rate
 
     def train_data(self) -> Texts:
@@ -294,11 +297,14 @@ class FactQuestions(_Facts):
     """
 
     def __init__(  # noqa: PLR0913  (the keys of a table)
-        self, persons: int = 40, countries: int = 8, objects: int = 12, paraphrases: int = 4, distractors: int = 2, width: int = 64,
-        depth: int = 2, heads: int = 4, queries: int | None = None, data_seed: int = 0, epochs: int = 40, learning_rate: float = 2e-3,
-        proximity: float = 0.1,
+        self, *, persons: int = 40, countries: int = 8, objects: int = 12, paraphrases: int = 4, distractors: int = 2, width: int = 64,
+        depth: int = 2, heads: int = 4, queries: int | None = None, data_seed: int = 0, epochs: int = 80, learning_rate: float = 3e-3,
+        proximity: float = 0.3,
     ) -> None:  # fmt: skip
-        super().__init__(persons, countries, objects, paraphrases, distractors, width, depth, heads, queries, data_seed)
+        super().__init__(
+            persons=persons, countries=countries, objects=objects, paraphrases=paraphrases, distractors=distractors, width=width,
+            depth=depth, heads=heads, queries=queries, data_seed=data_seed,
+        )  # fmt: skip
         self.epochs, self.learning_rate, self.proximity = epochs, learning_rate, proximity
 
     def train_data(self) -> Texts:
