@@ -141,7 +141,7 @@ def _run(url: str) -> Run:
 def relevance(run: Run, row: Row) -> _Array:
     """Scores (query, train) of the pre-training set by one method, higher where a document helps more."""
     scores = run.influence_on("pretraining") if row.at == "both" else run.influence
-    found: _Array = scores.sel(method=row.title).to_numpy().astype(np.float64)
+    found: _Array = scores.sel({"method": row.title}).to_numpy().astype(np.float64)
     return -found if run.better == "lower" else found
 
 

@@ -8,6 +8,7 @@ from scipy.stats import rankdata
 
 from tda import InputError
 from tda.evaluation.tracing import bootstrap_queries, check_gold, expected_at_random, first_ranks, recalls
+from tda.methods.sweep import expand
 
 
 def golds(*ids):
@@ -74,3 +75,15 @@ def test_gold_documents_that_are_missing_twice_there_or_unknown_are_refused_by_q
 def test_a_score_that_is_no_number_is_refused():
     with pytest.raises(InputError, match="document 1 for query 0"):
         first_ranks(np.array([[0.0, np.nan]]), golds([0]))
+
+
+def test_dampings_of_the_pretraining_can_be_swept():
+    stage = {"problem": "a:B", "damping": [1e-8, 0.5]}
+    found = expand([{"name": "multistage", "proximity": 1.0, "pretraining": stage}, {"name": "graddot"}])
+    assert [each.family for each in found] == ["multistage", "multistage", "graddot"]
+    assert [each.table.get("label") for each in found] == ["multistage-1e-08", "multistage-0.5", None]
+    assert [each.table["pretraining"]["damping"] for each in found[:2]] == [1e-8, 0.5]
+    with pytest.raises(InputError, match="sweep one of them"):
+        expand([{"name": "multistage", "damping": [0.0, 1.0], "pretraining": stage}])
+    with pytest.raises(InputError, match="names none"):
+        expand([{"name": "multistage", "pretraining": {**stage, "damping": []}}])

@@ -1,0 +1,179 @@
+"""How near EK-FAC and the solvers come to the exact damped solve on a language model: 10 queries, 500 candidates, lambda 1e-4.
+
+    python -m tests.benchmarks.neox                  # minutes on one core
+    python -m tests.benchmarks.neox --reduction sum  # a sequence's loss is the sum over its tokens, not their mean
+
+The protocol of 2505.05017: a GPT-NeoX of 2 layers, 256 wide, trained briefly on sentences of a generator; the candidates are what it was
+trained on, and the curvature is over all of them; the linear layers of attention and MLPs are attributed. The truth is the GGN solve by
+conjugate gradients, EK-FAC as the preconditioner, run until its scores do not change any more: the residual is 1e-3, and the ranks at
+1e-2 are printed beside it. Told are, for every method, the mean over queries of the rank correlation with it over the candidates, and
+processor seconds per pair of query and candidate: fits and directions, and the pass that scores.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import tda
+from tda.curvature.fit import fit_factors
+from tda.directions import query_gradients, squared_norms
+from tda.evaluation.lds import spearman
+from tda.language.folders import fresh
+from tda.language.groups import groups
+from tda.methods import parse
+from tda.methods.work import Work
+from tda.modules import inspect
+from tda.problem import Batch
+from tda.scoring import Scorer, score
+
+DAMPING = 1e-4
+WIDTH, DEPTH, HEADS = 256, 2, 4
+CANDIDATES, QUERIES = 500, 10
+
+
+class Sentences(tda.Problem):
+    """A GPT-NeoX on sentences of a made-up language: every word has a few that may follow it, some much more often than others."""
+
+    def __init__(self, words: int, length: int, reduction: str) -> None:
+        self.words, self.length = words, length
+        self.likelihood = tda.TokenCategorical(reduction=reduction)  # type: ignore[misc]
+
+    def model(self) -> nn.Module:
+        from transformers import GPTNeoXConfig
+
+        sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+        config = GPTNeoXConfig(vocab_size=self.words, max_position_embeddings=self.length, use_cache=False, **sizes)
+        return fresh("AutoModelForCausalLM", config)
+
+    def groups(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
+        return groups(model)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(input_ids=batch.inputs).logits
+        return logits
+
+    @cached_property
+    def _drawn(self) -> Tensor:
+        """(candidates + queries, length + 1): first the candidates."""
+        random = np.random.Generator(np.random.Philox(0))
+        follow = random.integers(0, self.words, (self.words, 8))
+        share = 1 / np.arange(1, 9)
+        found = np.empty((CANDIDATES + QUERIES, self.length + 1), np.int64)
+        found[:, 0] = random.integers(0, self.words, len(found))
+        for t in range(self.length):
+            # One in ten words comes from anywhere.
+            ways = random.choice(8, len(found), p=share / share.sum())
+            anywhere = random.random(len(found)) < 0.1
+            found[:, t + 1] = np.where(anywhere, random.integers(0, self.words, len(found)), follow[found[:, t], ways])
+        return torch.from_numpy(found)
+
+    def _data(self, rows: Tensor) -> torch.utils.data.TensorDataset:
+        return torch.utils.data.TensorDataset(rows[:, :-1], rows[:, 1:])
+
+    def train_data(self) -> torch.utils.data.TensorDataset:
+        return self._data(self._drawn[:CANDIDATES])
+
+    def query_data(self) -> torch.utils.data.TensorDataset:
+        return self._data(self._drawn[CANDIDATES:])
+
+
+def trained(problem: Sentences, epochs: int) -> nn.Module:
+    """The model after some epochs of Adam."""
+    torch.manual_seed(0)
+    model, (inputs, targets) = problem.model(), problem.train_data().tensors
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(epochs):
+        for ids in torch.randperm(len(inputs)).split(32):
+            optimizer.zero_grad()
+            logits = problem.predict(model, Batch(inputs[ids], targets[ids]))
+            loss = cross_entropy(logits.flatten(0, 1), targets[ids].flatten())
+            loss.backward()
+            optimizer.step()
+    print(f"trained {epochs} epochs: loss of the last batch {float(loss):.2f} nats per token")
+    return model.eval()
+
+
+class Bench:
+    """One model, cut into blocks, with what methods share."""
+
+    def __init__(self, problem: Sentences, model: nn.Module, modules: Sequence[str], batch_size: int) -> None:
+        self.train, self.batch_size = problem.train_data(), batch_size
+        self.attributed = inspect(problem, model, self.train, modules=modules)
+        self.gradients, _ = query_gradients(self.attributed, problem.query_data(), range(QUERIES), batch_size=QUERIES)
+        started = time.process_time()
+        self.factors = fit_factors(self.attributed, self.train, fisher="sampled", batch_size=batch_size)
+        self.fit_seconds = time.process_time() - started
+
+    def scores(self, table: dict[str, Any]) -> tuple[np.ndarray, float, dict[str, Any]]:
+        """Scores (query, candidate) of a method, its processor seconds, and what it tells of its solve."""
+        method = parse(table)
+        work = Work(self.attributed, self.train, [self.factors] * len(method.fits), 0, self.batch_size)
+        started = time.process_time()
+        made = method.directions(work, self.gradients)
+        norms = torch.stack([squared_norms(g) for g in self.gradients]).sum(0).sqrt()
+        scorer = Scorer(method.title, made.passes[0], norms, cosine=method.cosine)
+        everyone = range(CANDIDATES)
+        found = score(
+            self.attributed, [scorer], self.train, everyone, examples=CANDIDATES, batch_size=self.batch_size, self_influence=False
+        )
+        spent = time.process_time() - started + (self.fit_seconds if method.fits else 0.0)
+        return found.influence[0].double().numpy(), spent, made.told
+
+
+def residual(told: dict[str, Any]) -> str:
+    """The largest relative residual of the queries at the end, and how many products with the curvature of all candidates each took."""
+    if not told:
+        return ""
+    solve = told["solves"][0]
+    return f"{max(solve['residual'][-1]):.1e} after {solve['evaluations'][-1] / CANDIDATES:.0f} passes"
+
+
+def main(argv: list[str]) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--words", type=int, default=128)
+    parser.add_argument("--length", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--reduction", choices=("mean", "sum"), default="mean")
+    parser.add_argument("--truth", type=float, default=1e-3, help="residual of the exact solve")
+    parser.add_argument("--steps", type=int, default=2000, help="most steps of the exact solve")
+    parser.add_argument("--lissa", type=int, default=300, help="steps of LiSSA, of 32 candidates each")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    problem = Sentences(options.words, options.length, options.reduction)
+    model = trained(problem, options.epochs)
+    bench = Bench(problem, model, ["mlp", "attention"], 100)
+    exact = {"name": "cg", "damping": DAMPING, "preconditioner": "ekfac", "max_steps": options.steps}
+    truth, spent, told = bench.scores({**exact, "tolerance": options.truth})
+    rows = [("CG, EK-FAC as preconditioner", truth, spent, told)]
+
+    for name, table in {
+        f"the same to {10 * options.truth:g}": {**exact, "tolerance": 10 * options.truth},
+        "CG, 50 steps": {"name": "cg", "damping": DAMPING, "tolerance": options.truth, "max_steps": 50},
+        "ASTRA, tuned": {"name": "astra", "damping": DAMPING},
+        "ASTRA, paper-gpt2": {"name": "astra", "damping": DAMPING, "schedule": "paper-gpt2"},
+        "EK-FAC": {"name": "ekfac", "damping": DAMPING},
+        "K-FAC": {"name": "kfac", "damping": DAMPING},
+        f"LiSSA (sni), {options.lissa} steps": {"name": "sni", "damping": DAMPING, "max_steps": options.lissa, "batch_size": 32},
+        "GradDot": {"name": "graddot"},
+    }.items():
+        rows.append((name, *bench.scores(table)))
+        print(name, f"{spearman(rows[-1][1], truth).mean():.3f}", f"{rows[-1][2]:.1f} s", residual(rows[-1][3]), flush=True)
+    mlp = Bench(problem, model, ["mlp"], 100)
+    rows.append(("EK-FAC, MLPs alone", *mlp.scores({"name": "ekfac", "damping": DAMPING})))
+    print(f"\n| method | rank correlation | milliseconds per pair | residual |\n|---|---|---|---|")
+    for name, scores, seconds, said in rows:
+        each = spearman(scores, truth)
+        print(f"| {name} | {each.mean():.3f} | {1000 * seconds / scores.size:.2f} | {residual(said)} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
