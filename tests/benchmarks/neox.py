@@ -169,7 +169,7 @@ def main(argv: list[str]) -> None:
         print(name, f"{spearman(rows[-1][1], truth).mean():.3f}", f"{rows[-1][2]:.1f} s", residual(rows[-1][3]), flush=True)
     mlp = Bench(problem, model, ["mlp"], 100)
     rows.append(("EK-FAC, MLPs alone", *mlp.scores({"name": "ekfac", "damping": DAMPING})))
-    print(f"\n| method | rank correlation | milliseconds per pair | residual |\n|---|---|---|---|")
+    print("\n| method | rank correlation | milliseconds per pair | residual |\n|---|---|---|---|")
     for name, scores, seconds, said in rows:
         each = spearman(scores, truth)
         print(f"| {name} | {each.mean():.3f} | {1000 * seconds / scores.size:.2f} | {residual(said)} |")
