@@ -90,9 +90,9 @@ def arrays_of(job: Tracing, found: Found) -> dict[str, _Array]:
     best = max(chosen, key=lambda m: float(means[m].mean()))
     for m in range(len(families)):
         gap = float(means[best].mean() - means[m].mean())
-        table[m, 0] = _told(draws[m], float(means[m].mean()), 1.0)
-        table[m, 1] = _told(shares[m], float(found.recall[m][:, some].mean()), 1.0)
-        table[m, 2] = _told(draws[best] - draws[m], gap, 1.0)
+        table[m, 0] = _told(draws[m], float(means[m].mean()), 0.0)
+        table[m, 1] = _told(shares[m], float(found.recall[m][:, some].mean()), 0.0)
+        table[m, 2] = _told(draws[best] - draws[m], gap, -1.0)
         table[m, 3] = means[m].mean(), means[m].min(), means[m].max()
     return {
         "method": np.array([row.label for row in job.rows]),
@@ -112,9 +112,9 @@ def arrays_of(job: Tracing, found: Found) -> dict[str, _Array]:
     }
 
 
-def _told(draws: _Array, estimate: float, within: float) -> tuple[float, float, float]:
-    bounds = interval(draws, estimate, within=within)
-    return estimate, bounds.low, bounds.high
+def _told(draws: _Array, estimate: float, least: float) -> tuple[float, float, float]:
+    bounds = interval(draws, estimate, within=1.0)
+    return estimate, max(bounds.low, least), bounds.high
 
 
 def _csv(arrays: dict[str, _Array]) -> str:
