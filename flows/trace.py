@@ -135,6 +135,8 @@ def _split(config: RunConfig) -> _Split:
     both = [(each, method) for each, method in pairs if isinstance(method, Multistage)]
     if not both:
         raise InputError('evaluation.kind = "tracing" needs a method multistage, which names the pre-training; add one')
+    if config.candidates is not None:
+        raise InputError("fact tracing ranks all documents, and [candidates] leaves some out; remove the table")
     if config.ensemble > 1:
         raise InputError(f"ensemble = {config.ensemble} does not go with fact tracing; set evaluation.seeds, and leave it out")
     for _, method in pairs:

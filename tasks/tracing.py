@@ -94,14 +94,14 @@ def documents_of(job: Tracing) -> int:
 
 def gold(problem: Problem, documents: int) -> list[_Array]:
     """The same of a problem. Raises InputError where it does not say, or names documents that are not there."""
-    says = getattr(problem, "gold", None)
-    name = type(problem).__name__
-    if says is None:
-        raise InputError(f"{name} does not say which documents state what a query asks; define gold(i) -> ids in the pre-training set")
-    found = [says(i) for i in range(len(problem.query_data()))]
-    if any(ids is None for ids in found):
-        raise InputError(f"{name}.gold({[ids is None for ids in found].index(True)}) is None; it must be ids in the pre-training set")
-    return tracing.check_gold(found, documents)
+    found = [problem.gold(query) for query in range(len(problem.query_data()))]
+    silent = next((query for query, ids in enumerate(found) if ids is None), None)
+    if silent is not None:
+        name = type(problem).__name__
+        raise InputError(
+            f"{name}.gold({silent}) does not say which documents state what is asked; let it return ids in the pre-training set"
+        )
+    return tracing.check_gold([ids for ids in found if ids is not None], documents)
 
 
 def _opened(named: tuple[str, str]) -> Problem:

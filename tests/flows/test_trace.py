@@ -131,10 +131,11 @@ def test_the_command_prints_the_table(done, single, capsys):
 
 
 SILENT = """
+import tda
 from tda.problems.facts import FactCorpus, FactQuestions
 
 class Silent(FactQuestions):
-    gold = None
+    gold = tda.Problem.gold
 
 class Blank(FactQuestions):
     def gold(self, query):
@@ -163,11 +164,12 @@ class Shown(FactCorpus):
         ([("seeds = 2", 'at = ["pretrained", "pretrained"]')], "names a checkpoint twice"),
         ([("seeds = 2", "tuning_queries = 0")], "leaves nothing to choose a damping of 'multistage' by"),
         ([('name = "random"', 'name = "tracin"')], "'tracin' follows or repeats a training"),
-        ([("tda.problems.facts:FactQuestions", "own.py:Silent")], "Silent does not say which documents state what a query asks"),
+        ([("tda.problems.facts:FactQuestions", "own.py:Silent")], "Silent.gold(0) does not say which documents state what is asked"),
         ([("tda.problems.facts:FactQuestions", "own.py:Blank")], "query 0 has no gold document"),
         ([("tda.problems.facts:FactCorpus", "own.py:Fewer")], "are not those of the fine-tuning"),
         ([("tda.problems.facts:FactCorpus", "own.py:Shown")], "describe('train', 0) is a int, and BM25"),
         ([("modules", "ensemble = 2\nmodules")], "ensemble = 2"),
+        ([("[evaluation]", '[candidates]\non = "pretraining"\nbm25 = 3\n[evaluation]')], "fact tracing ranks all documents"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_before_anything_is_written(tmp_path, edits, said):

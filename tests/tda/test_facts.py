@@ -51,7 +51,7 @@ def test_a_world_follows_from_its_seed():
 
 def test_a_model_learns_the_facts_and_fine_tuning_teaches_it_to_answer():
     shallow = {**TINY, "depth": 1, "distractors": 0}
-    before, after = FactCorpus(**shallow, epochs=60, learning_rate=6e-3), FactQuestions(**shallow, epochs=60, learning_rate=6e-3)
+    before, after = FactCorpus(**shallow, epochs=200, learning_rate=6e-3), FactQuestions(**shallow, epochs=100, learning_rate=6e-3)
     torch.manual_seed(0)
     model = before.model()
     before.fit(model, before.train_data(), seed=0, on_checkpoint=lambda **_: None)

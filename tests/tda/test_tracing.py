@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
@@ -29,16 +29,19 @@ def test_documents_of_one_score_share_their_mean_rank_and_their_chance_of_a_plac
     assert recalls(scores, golds([0, 20])) == pytest.approx((1 + 5 / 16) / 2)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=30), st.data())
 def test_ranks_and_recalls_are_what_sorting_says(values, data):
     ids = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, unique=True))
     scores = np.array([values], float)
     assert first_ranks(scores, golds(sorted(ids)))[0] == rankdata(-scores[0])[ids].min()
     found = recalls(scores, golds(sorted(ids)), k=4)[0]
-    orders = [np.argsort(-scores[0] + 1e-6 * noise)[:4] for noise in np.random.default_rng(0).random((400, len(values)))]
-    assert found == pytest.approx(np.mean([np.isin(ids, order).mean() for order in orders]), abs=0.12)
+    noise = np.random.default_rng(0).random((400, len(values)))
+    orders = np.argsort(-scores + 1e-6 * noise, 1)[:, :4]  # ties broken at random
+    assert found == pytest.approx(np.isin(orders, ids).sum(1).mean() / len(ids), abs=0.12)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.data())
 def test_better_scores_of_gold_documents_are_never_worse(count, data):
     random = np.random.default_rng(data.draw(st.integers(0, 1000)))
