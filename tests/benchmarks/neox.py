@@ -3,8 +3,8 @@
     python -m tests.benchmarks.neox                  # minutes on one core
     python -m tests.benchmarks.neox --reduction sum  # a sequence's loss is the sum over its tokens, not their mean
 
-The protocol of 2505.05017: a GPT-NeoX of 2 layers, 256 wide, trained briefly on sentences of a generator; the candidates are what it was
-trained on, and the curvature is over all of them; the linear layers of attention and MLPs are attributed. The truth is the GGN solve by
+The protocol of 2505.05017: a GPT-NeoX of 2 layers, 256 wide, trained briefly on sentences of a generator; the candidates are (of) what it
+was trained on, and the curvature is over all of that; the linear layers of attention and MLPs are attributed. The truth is the GGN solve by
 conjugate gradients, EK-FAC as the preconditioner, run until its ranks do not change any more: to a residual of 1e-3, where the ranks at
 1e-1 and 1e-2 are told beside it. Told are, for every method, the mean over queries of the rank correlation with it over the candidates, and
 processor seconds per pair of query and candidate: fits and directions, and the pass that scores.
@@ -36,21 +36,21 @@ from tda.problem import Batch
 from tda.scoring import Scorer, score
 
 DAMPING = 1e-4
-WIDTH, DEPTH, HEADS = 256, 2, 4
+DEPTH, HEADS = 2, 4
 CANDIDATES, QUERIES = 500, 10
 
 
 class Sentences(tda.Problem):
     """A GPT-NeoX on sentences of a made-up language: every word has a few that may follow it, some much more often than others."""
 
-    def __init__(self, words: int, length: int, reduction: str) -> None:
-        self.words, self.length = words, length
+    def __init__(self, words: int, length: int, reduction: str, *, width: int = 256, train: int = CANDIDATES) -> None:
+        self.words, self.length, self.width, self.train = words, length, width, train
         self.likelihood = tda.TokenCategorical(reduction=reduction)  # type: ignore[misc]
 
     def model(self) -> nn.Module:
         from transformers import GPTNeoXConfig
 
-        sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+        sizes = {"hidden_size": self.width, "intermediate_size": 4 * self.width, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
         config = GPTNeoXConfig(vocab_size=self.words, max_position_embeddings=self.length, use_cache=False, **sizes)
         return fresh("AutoModelForCausalLM", config)
 
@@ -63,11 +63,11 @@ class Sentences(tda.Problem):
 
     @cached_property
     def _drawn(self) -> Tensor:
-        """(candidates + queries, length + 1): first the candidates."""
+        """(train + queries, length + 1): first the candidates, the queries last."""
         random = np.random.Generator(np.random.Philox(0))
         follow = random.integers(0, self.words, (self.words, 8))
         share = 1 / np.arange(1, 9)
-        found = np.empty((CANDIDATES + QUERIES, self.length + 1), np.int64)
+        found = np.empty((self.train + QUERIES, self.length + 1), np.int64)
         found[:, 0] = random.integers(0, self.words, len(found))
         for t in range(self.length):
             # One in ten words comes from anywhere.
@@ -80,10 +80,10 @@ class Sentences(tda.Problem):
         return torch.utils.data.TensorDataset(rows[:, :-1], rows[:, 1:])
 
     def train_data(self) -> torch.utils.data.TensorDataset:
-        return self._data(self._drawn[:CANDIDATES])
+        return self._data(self._drawn[: self.train])
 
     def query_data(self) -> torch.utils.data.TensorDataset:
-        return self._data(self._drawn[CANDIDATES:])
+        return self._data(self._drawn[self.train :])
 
 
 def trained(problem: Sentences, epochs: int) -> nn.Module:
@@ -126,11 +126,11 @@ class Bench:
         """Scores (query, candidate) of directions."""
         norms = torch.stack([squared_norms(g) for g in self.gradients]).sum(0).sqrt()
         scorer = Scorer("", directions, norms, cosine=cosine)
-        options: dict[str, Any] = {"examples": CANDIDATES, "batch_size": self.batch_size, "self_influence": False}
+        options: dict[str, Any] = {"examples": len(self.train), "batch_size": self.batch_size, "self_influence": False}
         found: np.ndarray = score(self.attributed, [scorer], self.train, range(CANDIDATES), **options).influence[0].double().numpy()
         return found
 
-    def truth(self, tolerance: float, steps: int) -> tuple[list[tuple[str, np.ndarray, float, dict[str, Any]]], np.ndarray]:
+    def truth(self, tolerance: float, steps: int, damping: float) -> tuple[list[tuple[str, np.ndarray, float, dict[str, Any]]], np.ndarray]:
         """Rows of the exact solve and of where it was on the way, and its scores."""
         started, caught = time.process_time(), dict[float, tuple[Tensor, float]]()
 
@@ -142,7 +142,7 @@ class Bench:
                 if left <= some and some not in caught and some > tolerance:
                     caught[some] = (state["x"].clone(), time.process_time() - started)
 
-        table = {"name": "cg", "damping": DAMPING, "preconditioner": "ekfac", "tolerance": tolerance, "max_steps": steps}
+        table = {"name": "cg", "damping": damping, "preconditioner": "ekfac", "tolerance": tolerance, "max_steps": steps}
         found = self.scores(table, look)
         rows = [("CG, EK-FAC as preconditioner", *found)]
         for some, (x, spent) in caught.items():
@@ -151,17 +151,20 @@ class Bench:
         return rows, found[0]
 
 
-def residual(told: dict[str, Any]) -> str:
-    """The largest relative residual of the queries at the end, and how many products with the curvature of all candidates each took."""
+def residual(told: dict[str, Any], examples: int) -> str:
+    """The largest relative residual of the queries at the end, and how many products with the curvature of all examples each took."""
     if not told:
         return ""
     solve = told["solves"][0]
-    return f"{max(solve['residual'][-1]):.1e} after {solve['evaluations'][-1] / CANDIDATES:.0f} passes"
+    return f"{max(solve['residual'][-1]):.1e} after {solve['evaluations'][-1] / examples:.0f} passes"
 
 
 def main(argv: list[str]) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--damping", type=float, default=DAMPING)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--train", type=int, default=CANDIDATES, help="sentences trained on; the candidates are the first 500")
     parser.add_argument("--words", type=int, default=128)
     parser.add_argument("--length", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=5)
@@ -172,29 +175,29 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lissa", type=int, default=300, help="steps of LiSSA, of 32 candidates each")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    problem = Sentences(options.words, options.length, options.reduction)
+    problem = Sentences(options.words, options.length, options.reduction, width=options.width, train=options.train)
     model = trained(problem, options.epochs)
     bench = Bench(problem, model, ["mlp", "attention"], 100)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; 10 queries, 500 candidates of {options.length} tokens", flush=True)
-    rows, truth = bench.truth(options.truth, options.steps)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {options.train} sentences of {options.length} words", flush=True)
+    rows, truth = bench.truth(options.truth, options.steps, options.damping)
     for name, table in {
-        "ASTRA, tuned": {"name": "astra", "damping": DAMPING},
-        "ASTRA, paper-gpt2": {"name": "astra", "damping": DAMPING, "schedule": "paper-gpt2"},
-        "EK-FAC": {"name": "ekfac", "damping": DAMPING},
-        "K-FAC": {"name": "kfac", "damping": DAMPING},
-        f"CG, {options.plain} steps": {"name": "cg", "damping": DAMPING, "tolerance": options.truth, "max_steps": options.plain},
-        f"LiSSA (sni), {options.lissa} steps": {"name": "sni", "damping": DAMPING, "max_steps": options.lissa, "batch_size": 32},
+        "ASTRA, tuned": {"name": "astra", "damping": options.damping},
+        "ASTRA, paper-gpt2": {"name": "astra", "damping": options.damping, "schedule": "paper-gpt2"},
+        "EK-FAC": {"name": "ekfac", "damping": options.damping},
+        "K-FAC": {"name": "kfac", "damping": options.damping},
+        f"CG, {options.plain} steps": {"name": "cg", "damping": options.damping, "tolerance": options.truth, "max_steps": options.plain},
+        f"LiSSA (sni), {options.lissa} steps": {"name": "sni", "damping": options.damping, "max_steps": options.lissa, "batch_size": 32},
         "GradDot": {"name": "graddot"},
         "GradCos": {"name": "gradcos"},
     }.items():
         rows.append((name, *bench.scores(table)))
         print(f"  {name}: {spearman(rows[-1][1], truth).mean():.3f}, {rows[-1][2]:.0f} s", flush=True)
     mlp = Bench(problem, model, ["mlp"], 100)
-    rows.append(("EK-FAC, MLPs alone", *mlp.scores({"name": "ekfac", "damping": DAMPING})))
+    rows.append(("EK-FAC, MLPs alone", *mlp.scores({"name": "ekfac", "damping": options.damping})))
     print("\n| method | rank correlation | milliseconds per pair | residual |\n|---|---|---|---|")
     for name, scores, seconds, said in rows:
         each = spearman(scores, truth)
-        print(f"| {name} | {each.mean():.3f} | {1000 * seconds / scores.size:.2f} | {residual(said)} |")
+        print(f"| {name} | {each.mean():.3f} | {1000 * seconds / scores.size:.2f} | {residual(said, options.train)} |")
 
 
 if __name__ == "__main__":
