@@ -100,7 +100,7 @@ def evaluate(
     store: OtherStore = None,
     overrides: Overrides = None,
 ) -> None:
-    """Retrain on subsets and compare every method's predictions with it: one league table; resumes what an earlier try left."""
+    """Retrain on subsets, or trace facts, and compare every method's predictions with it: one league table; resumes an earlier try."""
     from flows.config import load_config
 
     parsed = load_config(config, overrides or [], store)
@@ -108,6 +108,11 @@ def evaluate(
     from infra.settings import quiet_prefect
 
     quiet_prefect()
+    if parsed.evaluation is not None and parsed.evaluation.kind == "tracing":
+        from flows.command_trace import evaluate_tracing
+
+        evaluate_tracing(parsed, same("evaluate", config, store, overrides))
+        return
     from flows.evaluate import evaluate_run
     from flows.league import print_league
     from tda.results import open_run

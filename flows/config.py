@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import ErrorDetails
 
 from flows.config_candidates import CandidatesConfig
+from flows.tracing_options import TracingOptions
 from infra.cluster import ClusterSpec
 from tda.errors import InputError
 
@@ -77,14 +78,14 @@ class ClusterConfig(_Table):
         return ClusterSpec(**self.model_dump())
 
 
-class EvaluationConfig(_Table):
-    """The [evaluation] table: how `tda evaluate` retrains, and what it compares."""
+class EvaluationConfig(TracingOptions, _Table):
+    """The [evaluation] table: how `tda evaluate` retrains, or traces facts, and what it compares."""
 
     alphas: Annotated[list[float], Field(min_length=1)] = [0.5]
     """Shares of the training set in a subset."""
     subsets: Annotated[int, Field(ge=3)] = 100
     seeds: Count = 20
-    """Models per subset."""
+    """Models per subset; of fact tracing, trainings of both stages."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """What subsets, seeds of retraining, the split of the queries and the resamples are drawn from; not the run's."""
     tuning_queries: Annotated[float, Field(ge=0, lt=1)] = 0.5
@@ -331,6 +332,7 @@ def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConf
         "candidates": lambda table: table and table.placed(folder),
         "checkpoint": lambda checkpoint: checkpoint and resolve(checkpoint, folder),
         "problem_options": lambda options: _options(options, changes["problem"], folder),
+        "evaluation": lambda told: told and told.model_copy(update={"embedding": told.embedding and resolve(told.embedding, folder)}),
     }
     for key, use in uses.items():
         try:

@@ -108,7 +108,7 @@ def _check_stages(request: prepare.Request) -> None:
     if stages:
         raise InputError(
             f"tda evaluate retrains from fresh weights, and method {stages[0]!r} is about a model that was fine-tuned from others; "
-            "leave it out of the configuration that is evaluated"
+            'leave it out of the configuration that is evaluated, or set evaluation.kind = "tracing"'
         )
 
 
@@ -120,7 +120,7 @@ def _completed(config: RunConfig) -> RunConfig:
 
 def _options(config: RunConfig) -> dict[str, Any]:
     assert config.evaluation is not None
-    return config.evaluation.model_dump()
+    return config.evaluation.retraining()
 
 
 def _families(config: RunConfig) -> list[str]:

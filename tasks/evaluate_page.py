@@ -60,11 +60,16 @@ def page(data: xr.Dataset, known: Given, manifest: dict[str, Any]) -> bytes:
         "alone_ceiling": _alone_ceiling(data),
         "left_out": data.sizes.get("left_out", 0),
     }
+    return rendered("evaluate.html.j2", content)
+
+
+def rendered(template: str, content: dict[str, Any]) -> bytes:
+    """A page of evaluations, with their style sheet."""
     environment = _environment()
     style = "".join(environment.get_template(name).render(methods=[]) for name in ("report.css.j2", "decompose.css.j2", "evaluate.css.j2"))
     # The policy admits this very style sheet by its digest: no style or script from the data could ever apply.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    html = environment.get_template("evaluate.html.j2").render(content, style=Markup(style), style_digest=digest)  # noqa: S704  (our own)
+    html = environment.get_template(template).render(content, style=Markup(style), style_digest=digest)  # noqa: S704  (our own)
     return html.encode()
 
 

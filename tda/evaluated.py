@@ -43,6 +43,11 @@ def open_evaluation(run_url: str) -> xr.Dataset:
     if manifest is None:
         raise NotStored(f"run {run_url.rpartition('/')[2]} has no evaluation; `tda evaluate CONFIG` stores it")
     data = read_results(location.join(run_url, "evaluation", manifest["folder"]))
+    if manifest.get("kind") == "tracing":
+        data.attrs.update(
+            {key: manifest[key] for key in ("created", "folder", "options", "chosen", "runs", "chance", "documents", "notes")}
+        )
+        return data
     store = run_url.rpartition("/")[0].rpartition("/")[0]
     url = location.join(store, "artifacts", "retraining", manifest["retraining"], "truth.zarr")
     data.update(_opened(url)[list(_TRUTH)])
@@ -55,7 +60,7 @@ def read_results(folder: str) -> xr.Dataset:
     data = _opened(location.join(folder, "results.zarr"))
     texts = {name: [str(text) for text in data[name].to_numpy()] for name in ("method", "metric", "statistic", "curve") if name in data}
     data = data.assign_coords(texts)
-    for name in ("family", "damping"):
+    for name in [name for name in ("family", "damping", "at") if name in data]:
         data[name] = ("method", [str(text) for text in data[name].to_numpy()], data[name].attrs)
     return data
 

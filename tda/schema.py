@@ -253,6 +253,13 @@ _EVALUATION = (
     ArraySpec("asked", ("asked",), _INTEGER, "id of a query whose most helpful examples were removed", fill=-1),
     ArraySpec("metric", ("metric",), _TEXT, "what the league table compares", fill=""),
     ArraySpec("statistic", ("statistic",), _TEXT, "estimate, low or high", fill=""),
+    # Of fact tracing.
+    ArraySpec("gold_rank", ("method", "seed", "query"), _WIDE, "rank of the first document that states what is asked, from 1", fill=_NAN),
+    ArraySpec("gold_recall", ("method", "seed", "query"), _WIDE, "share of these documents among the ten nearest", fill=_NAN),
+    ArraySpec("answer", ("seed", "query"), _WIDE, "measurement f_q of the fine-tuned model", UNITS, fill=_NAN),
+    ArraySpec("run_seed", ("seed",), _INTEGER, "seed of the run that trained both stages", fill=-1),
+    ArraySpec("at", ("method",), _TEXT, "checkpoint of the scores: both, finetuned, pretrained; text where no model is seen", fill=""),
+    ArraySpec("tracing", ("method", "metric", "statistic"), _WIDE, "a metric over reported queries, and its 95% interval", fill=_NAN),
 )
 
 SPECS: Mapping[str, ArraySpec] = {

@@ -1,4 +1,4 @@
-"""Damping sweeps: a `[[methods]]` table with a list of dampings stands for one method per value."""
+"""Damping sweeps: a `[[methods]]` table with a list of dampings, its own or its pre-training's, stands for one method per value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def expand(tables: Sequence[dict[str, Any]]) -> list[Swept]:
     """
     found, titles = [], [str(table.get("label") or table.get("name")) for table in tables]
     for title, table in zip(titles, tables, strict=True):
-        values = table.get("damping")
+        stage = _swept_stage(table)
+        values = table.get("damping") if stage is None else stage["damping"]
         if not isinstance(values, list):
             found.append(Swept(table, title))
             continue
@@ -34,7 +35,9 @@ def expand(tables: Sequence[dict[str, Any]]) -> list[Swept]:
             raise InputError(f"damping = {values} {what}; list different numbers, or give one number (method {table.get('name')!r})")
         if titles.count(title) > 1:
             raise InputError(f'damping = {values}: another method is labelled {title!r}, too; give one of them its own label = "..."')
-        found += [Swept({**table, "label": f"{title}-{_named(value)}", "damping": value}, title) for value in values]
+        for value in values:
+            change = {"damping": value} if stage is None else {"pretraining": {**stage, "damping": value}}
+            found.append(Swept({**table, "label": f"{title}-{_named(value)}", **change}, title))
     return found
 
 
@@ -56,6 +59,16 @@ def ranked(tables: Sequence[dict[str, Any]], rank: int | None) -> list[dict[str,
                 "directions are multiplied on; give it in the [[methods]] tables of the others"
             )
     return [{"query_rank": rank, **table} for table in tables]
+
+
+def _swept_stage(table: dict[str, Any]) -> dict[str, Any] | None:
+    """The stage before the fine-tuning, where its dampings are a list."""
+    stage = table.get("pretraining")
+    if not isinstance(stage, dict) or not isinstance(stage.get("damping"), list):
+        return None
+    if isinstance(table.get("damping"), list):
+        raise InputError(f"method {table.get('name')!r} has lists of dampings for itself and for its pretraining; sweep one of them")
+    return stage
 
 
 def _named(damping: Any) -> str:
