@@ -11,10 +11,12 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TDA_", extra="ignore", frozen=True)
 
-    storage_attempts: int = Field(default=5, ge=1)
-    """Attempts of one write before it counts as failed (TDA_STORAGE_ATTEMPTS)."""
+    storage_attempts: int = Field(default=8, ge=1)
+    """Attempts of one read or write before it counts as failed (TDA_STORAGE_ATTEMPTS)."""
     storage_wait: float = Field(default=0.2, ge=0.0)
     """Seconds before the second attempt; it doubles, with jitter, up to 10 s (TDA_STORAGE_WAIT)."""
+    storage_timeout: float = Field(default=60.0, gt=0.0)
+    """Seconds without a byte from S3 until an attempt counts as failed (TDA_STORAGE_TIMEOUT)."""
     traceback: bool = False
     """Whether an expected error is told with its traceback (TDA_TRACEBACK=1)."""
     connect_timeout: float = Field(default=10.0, gt=0.0)

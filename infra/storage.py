@@ -146,10 +146,10 @@ def split(url: str) -> tuple[str, str]:
     return "file", str(Path(url).absolute())
 
 
-def _retried(url: str, operation: Callable[[], T]) -> T:
+def _retried(url: str, operation: Callable[[], T], again: Callable[[BaseException], bool] | None = None) -> T:
     settings = Settings()
     attempts = Retrying(
-        retry=retry_if_exception(is_transient),
+        retry=retry_if_exception(again or is_transient),
         stop=stop_after_attempt(settings.storage_attempts),
         wait=wait_exponential_jitter(multiplier=settings.storage_wait, max=10.0, jitter=settings.storage_wait),
         reraise=True,
@@ -210,9 +210,12 @@ def _s3(**options: Any) -> Any:
     """The s3fs file system; listings are not cached, since other processes write to the same store."""
     import fsspec
 
-    timeout = Settings().connect_timeout
-    config = {"connect_timeout": timeout, "retries": {"max_attempts": 1}}
-    return fsspec.filesystem("s3", config_kwargs=config, use_listings_cache=False, **options)
+    settings = Settings()
+    timeouts = {"connect_timeout": settings.connect_timeout, "read_timeout": settings.storage_timeout}
+    config = timeouts | {"retries": {"total_max_attempts": 1}}
+    file_system = fsspec.filesystem("s3", config_kwargs=config, use_listings_cache=False, **options)
+    file_system.retries = 1  # neither botocore nor s3fs tries again: _retried does
+    return file_system
 
 
 def _put(path: str, data: bytes) -> None:
@@ -316,9 +319,10 @@ def _check_folder(url: str, path: Path) -> None:
 
 def _check_bucket(url: str, path: str) -> None:
     probe = f"{path}/.tda-probe-{uuid.uuid4().hex}"
-    try:
-        file_system = _s3()
-        file_system.pipe_file(probe, b"probe")
-        file_system.rm_file(probe)
-    except _failures() as error:
-        raise StoreError(f"{url}: {explain(url, error)}") from error
+    # Whether somebody answers is asked once: the user waits for it.
+    _retried(url, lambda: _s3().pipe_file(probe, b"probe"), lambda error: is_transient(error) and not _unanswered(error))
+    delete(f"s3://{probe}")
+
+
+def _unanswered(error: BaseException) -> bool:
+    return type(error).__name__ in {"EndpointConnectionError", "ConnectTimeoutError"}

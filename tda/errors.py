@@ -8,6 +8,10 @@ class InputError(ValueError):
     """
 
 
+class StoreUnreachable(InputError):
+    """A store does not answer, or went away; what was written before stays."""
+
+
 def cause(error: BaseException) -> str:
     """What went wrong, in one line: "ValueError: the first line of its message"."""
     lines = str(error).strip().splitlines()

@@ -19,9 +19,11 @@ import fsspec
 import zarr
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.local import LocalFileSystem
+from tenacity import Retrying
 from zarr.storage import FsspecStore
 
-from tda.errors import InputError
+from tda.errors import InputError, StoreUnreachable
+from tda.patience import is_transient, patience
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -169,16 +171,26 @@ def seal(url: str) -> None:
         zarr.consolidate_metadata(_zarr_store(url, read_only=False), zarr_format=3)
 
 
-class _AtomicLocalFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
-    """Local files that appear whole or not at all, and reach the disk: a writer killed halfway leaves only a *.partial file."""
+class _PatientLocalFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec is untyped
+    """Local files, read again where a network file system has a bad moment.
+
+    Written, they appear whole or not at all, and reach the disk: a writer killed halfway leaves only a *.partial file.
+    """
 
     protocol = ("tda-file",)
+
+    def cat_file(self, path: str, *arguments: Any, **options: Any) -> bytes:
+        """The bytes of a file, or of a part of it."""
+        return bytes(Retrying(**patience())(super().cat_file, path, *arguments, **options))
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         """Write one whole file: beside its place, through to the disk, then renamed."""
         if mode != "overwrite":
             super().pipe_file(path, value, mode=mode)
             return
+        Retrying(**patience())(self._replace, path, value)
+
+    def _replace(self, path: str, value: bytes) -> None:
         target = Path(self._strip_protocol(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
@@ -204,22 +216,23 @@ def _sync_folder(folder: Path) -> None:
 
 def _zarr_store(url: str, *, read_only: bool) -> FsspecStore:
     if url.startswith("s3://"):
-        return FsspecStore.from_url(url, storage_options=_S3_OPTIONS, read_only=read_only)
-    fs = AsyncFileSystemWrapper(_AtomicLocalFileSystem(), asynchronous=True)
+        return FsspecStore(_s3(asynchronous=True), read_only=read_only, path=url.removeprefix("s3://"))
+    fs = AsyncFileSystemWrapper(_PatientLocalFileSystem(), asynchronous=True)
     return FsspecStore(fs, read_only=read_only, path=url.removeprefix("file://"))
-
-
-# Listings are not cached: another process adds runs while this one is open. Objects are chunks of a few MiB: one request each, where
-# s3fs would first ask for the length to split a large one.
-_S3_OPTIONS: dict[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
 
 
 def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if url.startswith("s3://"):
-        return fsspec.filesystem("s3", **_S3_OPTIONS), url.removeprefix("s3://")
+        return _s3(), url.removeprefix("s3://")
     if url.startswith("file:///"):
-        return fsspec.filesystem("file"), url.removeprefix("file://")
+        return _PatientLocalFileSystem(), url.removeprefix("file://")
     raise InputError(f"{url!r} is not an absolute file: or s3: URL; pass it through tda.location.resolve first")
+
+
+def _s3(**more: Any) -> fsspec.AbstractFileSystem:
+    from tda import s3  # s3fs is not worth importing for a file: store
+
+    return s3.PatientS3(**s3.options(), **more)
 
 
 @contextmanager
@@ -235,9 +248,10 @@ def _readable(url: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         # botocore's errors share no base class with OSError, and importing botocore for their names costs 0.3 s.
-        if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+        foreign = type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
+        if not (foreign or (url.startswith("s3:") and is_transient(error))):
             raise
-        raise InputError(
+        raise StoreUnreachable(
             f"{url} cannot be reached ({_one_line(error)}); check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and the network"
         ) from error
 

@@ -84,11 +84,14 @@ def forget_s3() -> None:
     from s3fs import S3FileSystem
     from zarr.core.sync import sync
 
-    for filesystem in list(S3FileSystem._cache.values()):
-        # s3fs closes its own connections when it is dropped, but not those that Zarr opened in its event loop.
-        if filesystem.asynchronous and filesystem._s3 is not None:
-            sync(filesystem._s3creator.__aexit__(None, None, None))
-    S3FileSystem.clear_instance_cache()
+    from tda.s3 import PatientS3
+
+    for kind in (S3FileSystem, PatientS3):
+        for filesystem in list(kind._cache.values()):
+            # s3fs closes its own connections when it is dropped, but not those that Zarr opened in its event loop.
+            if filesystem.asynchronous and filesystem._s3 is not None:
+                sync(filesystem._s3creator.__aexit__(None, None, None))
+        kind.clear_instance_cache()
 
 
 def new_bucket() -> str:

@@ -9,6 +9,7 @@ from s3fs import S3FileSystem
 import tda
 from tda import location
 from tda.results import Run
+from tda.s3 import PatientS3
 from tests.conftest import forget_s3
 from tests.flows.runs import CONFIG, attribute, command, digests, finished, write_config
 
@@ -29,14 +30,14 @@ def on_disk(config: Path, cluster: str, tmp_path: Path) -> Run:
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The size of everything that is read from S3 from now on."""
     sizes: list[int] = []
-    original = S3FileSystem._cat_file
+    original = PatientS3._cat_file
 
-    async def counting(self: S3FileSystem, *arguments: object, **options: object) -> bytes:
+    async def counting(self: PatientS3, *arguments: object, **options: object) -> bytes:
         data = await original(self, *arguments, **options)
         sizes.append(len(data))
         return data
 
-    monkeypatch.setattr(S3FileSystem, "_cat_file", counting)
+    monkeypatch.setattr(PatientS3, "_cat_file", counting)
     return sizes
 
 
