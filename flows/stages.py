@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from infra.cluster import ShardFailed, run_shards
 from tasks import (
     candidates,
     chain,
+    checksums,
     dense,
     directions,
     ensemble,
@@ -36,7 +38,9 @@ from tasks import (
     subject,
     training,
 )  # fmt: skip
+from tasks.reach import reached
 from tda import location
+from tda.checksums import Sums
 from tda.errors import InputError
 
 
@@ -47,16 +51,30 @@ class Session:
     client: Client
     progress: Progress
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    sums: dict[str, Sums] = field(default_factory=dict)
+    """Of what the verification has read back, by the URL of its results."""
 
     def shards(self, function: Callable[[Any], dict[str, Any]], jobs: Sequence[Any], stage: str) -> list[dict[str, Any]]:
         """Run one function over shards on the cluster under one bar; the receipts, in order."""
         started = time.perf_counter()
         with self.progress.stage(stage, len(jobs)) as advance:
-            receipts = run_shards(self.client, function, jobs, stage=stage, on_done=lambda _: advance(), final=(InputError,))
+            receipts = run_shards(self.client, partial(reached, function), jobs, stage=stage, on_done=lambda _: advance(), final=(InputError,))
         timing = self.timings.setdefault(stage, {"wall": 0.0, "compute": 0.0})
         timing["wall"] += time.perf_counter() - started
         timing["compute"] += sum(receipt["seconds"] for receipt in receipts)
         return receipts
+
+    def keep(self, receipts: Sequence[dict[str, Any]]) -> None:
+        """Keep the sums in the receipts of a verification."""
+        for receipt in receipts:
+            if "sums" in receipt:
+                self.sums.setdefault(receipt["results"], {}).update(receipt["sums"])
+
+    def sums_below(self, url: str) -> Sums:
+        """The sums of all results below a URL, by their names there."""
+        root = url + "/"
+        found = {results.removeprefix(root): sums for results, sums in self.sums.items() if results.startswith(root)}
+        return {f"{folder}/{name}": entry for folder, sums in found.items() for name, entry in sums.items()}
 
     @property
     def spent(self) -> float:
@@ -256,7 +274,7 @@ def verify(jobs: Sequence[scores.ScoreJob]) -> None:
     chosen = [(job, block) for job in jobs if job.candidates for block in range(job.shape[1])]
     for function, tasks in ((scores.verify_shard, whole), (sparse.verify_block, chosen)):
         if tasks:
-            here().shards(function, tasks, "verify")
+            here().keep(here().shards(function, tasks, "verify"))
 
 
 @_stage
@@ -264,7 +282,7 @@ def average(job: ensemble.MeanJob) -> None:
     """Average the members of an ensemble, and read the means back."""
     shards = [(job, shard) for shard in range(job.first.shape[0])]
     _SESSION.get().shards(ensemble.average_shard, shards, "average")
-    _SESSION.get().shards(ensemble.verify_mean, shards, "verify the average")
+    here().keep(here().shards(ensemble.verify_mean, shards, "verify the average"))
 
 
 @_stage
@@ -276,5 +294,6 @@ def finish(done: plan.Plan, run_url: str, manifest: dict[str, Any], started: flo
         begun = time.perf_counter()
         publish.write_page(done, run_url, manifest | {"timings": here.timed(started)})
         here.timings["report"] = dict.fromkeys(("wall", "compute"), time.perf_counter() - begun)
-        publish.complete(run_url, manifest | {"timings": here.timed(started)})
+        sums = checksums.write_run(run_url, here.sums_below(run_url), checksums.used(done))
+        publish.complete(run_url, manifest | {"timings": here.timed(started)} | sums)
         advance()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tasks import layout, retraining
+from tasks import checksums, layout, retraining
 from tasks.dense import DenseJob
 from tasks.directions import Carried, DirectionJob
 from tasks.factors import FactorJob
@@ -239,6 +239,7 @@ class Cutter:
         url = location.join(folder, "weights.safetensors")
         if not location.exists(url):
             write_tensors(url, average([read_checkpoint(s.checkpoint) for s in subjects]))
+            checksums.complete(folder, {"weights": [s.weights for s in subjects]})
         return self._at(url)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from infra import storage
-from tasks import layout, retraining
+from tasks import checksums, layout, retraining
 from tasks.decompose import Point, PointJob, Study
 from tasks.decompose_measure import ladder_influence, load_ladder
 from tasks.retraining import RetrainJob
@@ -76,7 +76,7 @@ def evaluate(job: LdsJob) -> dict[str, Any]:
         numbers |= {"rung_lds_ceiling": np.array(ceilings)}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(each, np.float64)) for name, each in numbers.items()}
         write_tensors(location.join(job.url, "numbers.safetensors"), tensors)
-        storage.write_json(location.join(job.url, "complete.json"), {"arrays": sorted(tensors)})
+        checksums.complete(job.url, {"arrays": sorted(tensors)})
     return {"seconds": time.perf_counter() - started}
 
 

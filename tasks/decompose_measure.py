@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from tasks import layout
+from tasks import checksums, layout
 from tasks.decompose import TOPS, PointJob
 from tasks.dense import load_spectra
 from tasks.subject import Opened, open_subject
@@ -47,7 +47,7 @@ def measure(job: PointJob) -> dict[str, Any]:
         found["spectrum_curve"] = torch.stack([_curve(rung.values) for rung in rungs])
         found["kept"] = torch.stack([torch.stack([(r.inverted(i) != 0).double().mean() for r in rungs]) for i in inverses])
         write_tensors(location.join(job.url, "numbers.safetensors"), found)
-        storage.write_json(location.join(job.url, "complete.json"), {"arrays": sorted(found)})
+        checksums.complete(job.url, {"arrays": sorted(found)})
     return {"seconds": time.perf_counter() - started}
 
 

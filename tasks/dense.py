@@ -11,7 +11,6 @@ object is there already, or whose spectra are complete, does nothing: what was i
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from tasks import layout
+from tasks import checksums, layout
 from tasks.subject import Opened, Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location, schema
@@ -205,16 +204,16 @@ def finish(job: DenseJob) -> dict[str, Any]:
     """Verify every array, write the completion marker, and drop the matrix. A spectrum that is damaged is made again."""
     started = time.perf_counter()
     if not layout.is_complete(job.url):
+        sums: dict[str, list[Any]] = {}
         for diagonal in range(len(_sizes(job))):
             try:
-                _read(job.url, diagonal)
+                _read(job.url, diagonal, sums=sums)
             except ArithmeticError:
                 storage.delete(_receipt(job, diagonal))
                 decompose((job, diagonal))
-                _read(job.url, diagonal)
+                _read(job.url, diagonal, sums=sums)
         marker = {"curvature": job.curvature, "examples": job.examples, "sizes": _sizes(job)}
-        storage.sweep(job.url)
-        if storage.create_once(location.join(job.url, "complete.json"), json.dumps(marker).encode()):
+        if checksums.complete(job.url, marker, {f"spectra.zarr/{name}": entry for name, entry in sums.items()}):
             storage.delete_tree(location.join(job.url, "partial"))
     return {"seconds": time.perf_counter() - started}
 
@@ -231,9 +230,9 @@ def load_spectra(url: str, *, vectors: bool = True) -> tuple[Spectrum, ...]:
         raise InputError(f"{url}: {error}; delete that folder and start the run again, which computes it anew") from error
 
 
-def _read(url: str, diagonal: int, *, vectors: bool = True) -> Spectrum:
+def _read(url: str, diagonal: int, *, vectors: bool = True, sums: dict[str, list[Any]] | None = None) -> Spectrum:
     """One diagonal block's spectrum; ArithmeticError where a chunk is lost or damaged."""
-    group = location.open_group(location.join(url, "spectra.zarr"), "r")
+    group = location.open_group(location.join(url, "spectra.zarr"), "r", sums)
     found = []
     for name in ("spectrum", "eigenvectors") if vectors else ("spectrum",):
         try:

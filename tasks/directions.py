@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from tasks import dense, projection, retraining, sampling
+from tasks import checksums, dense, projection, retraining, sampling
 from tasks.factors import fitted
 from tasks.subject import Opened, Subject, open_subject
-from tasks.tensors import read_tensors, write_tensors
+from tasks.tensors import packed, read_tensors, write_tensors
 from tda import location
 from tda.blocks import Block
 from tda.carried import carry
+from tda.checksums import of
 from tda.data import Batching
 from tda.directions import Dense, Direction, Factored, extend, query_gradients, query_measurements, squared_norms, take
 from tda.lowrank import shorten, stated
@@ -156,9 +157,10 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
         for p, directions in enumerate(made.passes):
             for b, direction in enumerate(directions):
                 tensors |= {f"{p}/{b}/{side}": t for side, t in _sides(direction, "full" if method.exact else job.products).items()}
+        data = packed(tensors)
         # The tensors are written last: they are what says that the block is done.
-        storage.write_json(job.place("queries", block, "json"), made.told)
-        write_tensors(url, tensors)
+        storage.write_json(job.place("queries", block, "json"), {**made.told, "sum": of(data)})
+        storage.write_bytes(url, data)
         storage.delete(state)
     return {"seconds": time.perf_counter() - started}
 
@@ -214,11 +216,12 @@ def _kept(url: str) -> Callable[[dict[str, Tensor]], None]:
 
 
 def finish(job: DirectionJob) -> None:
-    """Sweep what interrupted tasks left, and write the completion marker."""
+    """Drop what interrupted tasks left, and write the completion marker."""
     for block in range(job.blocks):
         storage.delete(job.place("state", block))
-    storage.sweep(job.url)
-    storage.write_json(location.join(job.url, "complete.json"), {"queries": job.queries, "method": json.loads(job.method)})
+    made = enumerate(told(job))
+    known = {job.place("queries", block).rpartition("/")[2]: one["sum"] for block, one in made if "sum" in one}
+    checksums.complete(job.url, {"queries": job.queries, "method": json.loads(job.method)}, known)
 
 
 def told(job: DirectionJob) -> list[dict[str, Any]]:

@@ -64,9 +64,9 @@ def verify_mean(task: tuple[MeanJob, int]) -> dict[str, Any]:
     """Read one train chunk of the means back; ArithmeticError where a value is missing or damaged. The next try averages again."""
     job, shard = task
     started = time.perf_counter()
-    verify_shard((replace(job.first, results=job.results, receipts=location.join(job.results, "receipts")), shard))
+    told = verify_shard((replace(job.first, results=job.results, receipts=location.join(job.results, "receipts")), shard))
     ids = job.first.train_ids(shard)
-    group: Any = location.open_group(job.results)
+    group: Any = location.open_group(job.results, "r", told["sums"])
     if not np.isfinite(group["stderr"][:, :, ids.start : ids.stop]).all():
         raise ArithmeticError(f"stderr, training examples {ids.start}..{ids.stop - 1}: a value is missing or not finite")
-    return {"seconds": time.perf_counter() - started}
+    return {**told, "seconds": time.perf_counter() - started}

@@ -14,7 +14,6 @@ Nor does a task of a fit that is complete: two runs may compute the same fit at 
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +25,7 @@ import zarr
 from torch import Tensor
 
 from infra import storage
-from tasks import layout
+from tasks import checksums, layout
 from tasks.subject import Opened, Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location, schema
@@ -225,7 +224,8 @@ def finish_factors(job: FactorJob) -> dict[str, Any]:
     if not layout.is_complete(job.url):
         blocks = open_subject(job.subject).attributed.blocks
         sums = root(job, "eigenvalues")
-        group = location.open_group(location.join(job.url, "factors.zarr"), "r+")
+        sums_of: dict[str, list[Any]] = {}
+        group = location.open_group(location.join(job.url, "factors.zarr"), "r+", sums_of)
         for b, block in enumerate(blocks):
             total = read_tensors(sums.url, lambda name, b=b: name.startswith(f"{b}/"))[f"{b}/eigenvalues"]  # type: ignore[misc]
             _write(_layer(group, b), "eigenvalues", total.double() / job.count)
@@ -233,8 +233,7 @@ def finish_factors(job: FactorJob) -> dict[str, Any]:
                 if not np.isfinite(np.asarray(_layer(group, b)[name][...])).all():
                     raise ArithmeticError(f"factors of layer {block.name}: {name} is not finite: the gradients overflow")
         marker = {"fisher": job.fisher, "examples": job.examples, "layers": [block.name for block in blocks]}
-        storage.sweep(job.url)
-        if storage.create_once(location.join(job.url, "complete.json"), json.dumps(marker).encode()):
+        if checksums.complete(job.url, marker, {f"factors.zarr/{name}": entry for name, entry in sums_of.items()}):
             storage.delete_tree(location.join(job.url, "partial"))
     return {"seconds": time.perf_counter() - started}
 

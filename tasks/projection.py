@@ -9,7 +9,6 @@ Every object is written whole; a task whose object is there already, or whose fi
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from tasks import layout
+from tasks import checksums, layout
 from tasks.subject import Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
 from tda import location
@@ -88,8 +87,7 @@ def finish(job: ProjectionJob) -> dict[str, Any]:
         for n in range(len(job.projection.parts(blocks))):
             tensors[f"{n}/values"], tensors[f"{n}/vectors"] = decompose(total.pop(str(n)) / job.examples)
         write_tensors(location.join(job.url, "spectra.safetensors"), tensors)
-        storage.sweep(job.url)
-        if storage.create_once(location.join(job.url, "complete.json"), json.dumps({"examples": job.examples}).encode()):
+        if checksums.complete(job.url, {"examples": job.examples}):
             storage.delete_tree(location.join(job.url, "partial"))
     return {"seconds": time.perf_counter() - started}
 

@@ -19,7 +19,7 @@ from tasks.plan import Member, Plan, described, stated
 from tasks.report import write_report
 from tasks.report_parts import parting
 from tasks.subject import open_subject
-from tda import location, results
+from tda import checksums, location, results
 from tda.attributed import Attributed
 from tda.problem import load_problem
 from tda.schema import SCHEMA_VERSION
@@ -141,4 +141,4 @@ def write_page(plan: Plan, run_url: str, manifest: dict[str, Any]) -> None:
 
 def complete(run_url: str, manifest: dict[str, Any]) -> None:
     """Write the manifest with complete = True in one object: from then on readers see the run."""
-    storage.write_json(location.join(run_url, "run.json"), {**manifest, "complete": True})
+    storage.write_json(location.join(run_url, "run.json"), checksums.signed({**manifest, "complete": True}))

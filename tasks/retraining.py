@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from infra import storage
-from tasks import layout
+from tasks import checksums, layout
 from tasks.retrained import Block, missing, shared, stored
 from tasks.subject import DTYPES
 from tasks.tensors import read_tensors, write_tensors
@@ -238,8 +238,7 @@ def finish(job: RetrainJob) -> dict[str, Any]:
         schema.validate(group, ["masks", "measurement", "training_seed", "alpha"])
         if said := _wrong(group["measurement"], ...):
             raise ArithmeticError(f"measurements after retraining: {said}; the next try gathers them again")
-        storage.sweep(job.url)
-        storage.create_once(location.join(job.url, "complete.json"), json.dumps({"models": job.models, "alone": job.alone}).encode())
+        checksums.complete(job.url, {"models": job.models, "alone": job.alone})
     return {"seconds": time.perf_counter() - started}
 
 

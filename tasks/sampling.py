@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from tasks import layout
+from tasks import checksums, layout
 from tasks.diagnosis import diagnosis
 from tasks.subject import Subject, open_subject
 from tasks.tensors import read_tensors, write_tensors
@@ -214,10 +214,9 @@ def finish(job: SampleJob) -> dict[str, Any]:
         told = {**known, "lost": {str(chain): lost[chain] for chain in sorted(lost)}, "examples": job.examples, "queries": job.queries}
         told |= {"tokens": job.tokens, "step_size_convention": STEP_SIZE_CONVENTION, "how": how}
         stored = Trajectories(job.url, told)
-        _verify(job, stored)
+        sums = _verify(job, stored)
         storage.write_json(location.join(job.url, "diagnostics.json"), diagnosis(stored))
-        storage.sweep(job.url)
-        storage.create_once(location.join(job.url, "complete.json"), json.dumps(told, indent=2, allow_nan=False).encode())
+        checksums.complete(job.url, told, {f"trajectories.zarr/{name}": entry for name, entry in sums.items()})
         storage.delete_tree(location.join(job.url, "state"))
     return {"seconds": time.perf_counter() - started}
 
@@ -233,9 +232,10 @@ def all_lost(lost: dict[int, str], known: dict[str, Any]) -> str:
     return f"all {len(lost)} chains were lost: {lost[min(lost)]}; lower step_size from {size:.3g}{under}"
 
 
-def _verify(job: SampleJob, stored: Trajectories) -> None:
-    """Every chunk of the chains that reached their end holds numbers."""
-    arrays: Any = location.open_group(job.zarr, "r")
+def _verify(job: SampleJob, stored: Trajectories) -> dict[str, list[Any]]:
+    """Every chunk of the chains that reached their end holds numbers; the sums of what was read."""
+    sums: dict[str, list[Any]] = {}
+    arrays: Any = location.open_group(job.zarr, "r", sums)
     schema.validate(arrays, sorted(arrays.array_keys()))
     for name in sorted(arrays.array_keys()):
         array = arrays[name]
@@ -247,6 +247,7 @@ def _verify(job: SampleJob, stored: Trajectories) -> None:
                 if said := _wrong(array, where, alive):
                     storage.delete(job.state(g))
                     raise ArithmeticError(f"{name} of chains {chains.start}..{chains.stop - 1}: {said}; the next try samples them again")
+    return sums
 
 
 def _wrong(array: Any, where: tuple[Any, ...], alive: list[int]) -> str:

@@ -251,14 +251,15 @@ def scored(job: ScoreJob, ids: Sequence[int], block: int) -> tuple[ShardScores, 
 
 
 def verify_shard(task: tuple[ScoreJob, int]) -> dict[str, Any]:
-    """Read one train chunk of every array back.
+    """Read one train chunk of every array back; the receipt holds the sums of what was read.
 
     Where a value is missing, NaN or damaged, the shard's receipts are deleted, so that the same command computes it again, and an
     ArithmeticError names the array and the examples.
     """
     job, shard = task
     started = time.perf_counter()
-    group: Any = location.open_group(job.results, "r")
+    sums: dict[str, list[Any]] = {}
+    group: Any = location.open_group(job.results, "r", sums)
     train = slice(job.train_ids(shard).start, job.train_ids(shard).stop)
     wanted: dict[str, tuple[Any, ...]] = dict.fromkeys(("influence", "train_loss"), (..., train))
     if job.self_influence and any(job.owned):
@@ -274,7 +275,7 @@ def verify_shard(task: tuple[ScoreJob, int]) -> dict[str, Any]:
                 storage.delete(_receipt(job, shard, block))
             examples = "" if name == "query_measurement" else f", training examples {train.start}..{train.stop - 1}"
             raise ArithmeticError(f"{name}{examples}: {wrong}; the next try computes it again")
-    return {"seconds": time.perf_counter() - started}
+    return {"seconds": time.perf_counter() - started, "results": job.results, "sums": sums}
 
 
 def damage(array: Any, where: tuple[Any, ...], inside: Any = None) -> str:

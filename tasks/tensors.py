@@ -18,13 +18,18 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 def write_tensors(url: str, tensors: dict[str, Tensor]) -> None:
     """Write named tensors as one object: it is there whole or not at all."""
+    storage.write_bytes(url, packed(tensors))
+
+
+def packed(tensors: dict[str, Tensor]) -> bytes:
+    """Named tensors as the bytes of one object."""
     found, seen = {}, set()
     for name, tensor in tensors.items():
         plain = tensor.detach().contiguous()
         # The format refuses tensors that share memory, as two methods' directions may.
         found[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
         seen.add(plain.untyped_storage().data_ptr())
-    storage.write_bytes(url, save(found))
+    return save(found)
 
 
 def read_tensors(url: str, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:

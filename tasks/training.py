@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from infra import storage
-from tasks import layout
+from tasks import checksums, layout
 from tasks.subject import DTYPES, Subject, open_subject, read_checkpoint
 from tda import checkpoint, location
 from tda.carried import begin
+from tda.checksums import of
 from tda.errors import InputError
 from tda.methods import Method
 from tda.problem import Problem, load_problem
@@ -57,7 +58,7 @@ def train(job: tuple[Subject, int, str] | tuple[Subject, int, str, Subject | Non
         if trajectory is not None:
             storage.write_json(location.join(url, "trajectory.json"), trajectory.to_json() | {"digest": digest})
         storage.write_bytes(location.join(url, "weights.safetensors"), data)
-        storage.write_json(location.join(url, "complete.json"), {"seed": seed, "digest": digest})
+        checksums.complete(url, {"seed": seed, "digest": digest}, {"weights.safetensors": of(data)})
     return {"seconds": time.perf_counter() - started}
 
 

@@ -6,6 +6,7 @@ AWS_ENDPOINT_URL, AWS_DEFAULT_REGION), never from a configuration file or a URL.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -20,13 +21,17 @@ import zarr
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import Retrying
-from zarr.storage import FsspecStore
+from zarr.abc.store import Store
+from zarr.storage import FsspecStore, WrapperStore
 
 from tda.errors import InputError, StoreUnreachable
 from tda.patience import is_transient, patience
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
 
 Mode = Literal["r", "r+", "a", "w", "w-"]
 
@@ -140,7 +145,17 @@ def list_names(url: str) -> list[str]:
     return sorted(names)
 
 
-def open_group(url: str, mode: Mode = "r") -> zarr.Group:
+def find(url: str) -> dict[str, int]:
+    """The bytes of every object below `url`, by its name there; no temporary files. Empty when nothing is there."""
+    fs, path = _filesystem(url)
+    with _readable(url):
+        found = fs.find(path, detail=True)
+    root = path.rstrip("/") + "/"
+    sizes = {str(name).removeprefix(root): int(told["size"]) for name, told in found.items()}
+    return {name: size for name, size in sizes.items() if not name.endswith(".partial")}
+
+
+def open_group(url: str, mode: Mode = "r", sums: dict[str, list[Any]] | None = None) -> zarr.Group:
     """Open a Zarr v3 group through fsspec; the only place that decides how arrays reach a store.
 
     Opened for reading, a group that was sealed (`seal`) brings the metadata of everything below it along: one request.
@@ -149,14 +164,16 @@ def open_group(url: str, mode: Mode = "r") -> zarr.Group:
     Args:
         url: the group's absolute URL.
         mode: as in zarr: "r" read, "r+" read and write, "a" also create, "w" replace, "w-" create or fail.
+        sums: is given bytes and SHA-256 of every object that is read through the group, by its name there.
 
     Raises:
         FileNotFoundError: nothing is at `url` and the mode does not create.
         InputError: the store refuses or cannot be reached.
     """
     with _readable(url):
+        store: Store = _zarr_store(url, read_only=mode == "r")
         return zarr.open_group(
-            _zarr_store(url, read_only=mode == "r"), mode=mode, zarr_format=3, use_consolidated=None if mode == "r" else False
+            store if sums is None else _Digesting(store, sums), mode=mode, zarr_format=3, use_consolidated=None if mode == "r" else False
         )
 
 
@@ -212,6 +229,21 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class _Digesting(WrapperStore[Store]):
+    """A store that writes down what it reads."""
+
+    def __init__(self, store: Store, sums: dict[str, list[Any]]) -> None:
+        super().__init__(store)
+        self._sums = sums
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        found = await super().get(key, prototype, byte_range)
+        if found is not None and byte_range is None:
+            data = found.as_numpy_array().data
+            self._sums[key] = [len(found), hashlib.sha256(data).hexdigest()]
+        return found
 
 
 def _zarr_store(url: str, *, read_only: bool) -> FsspecStore:
