@@ -13,29 +13,27 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
-from infra.cluster import ClusterSpec, ShardFailed, open_cluster
+from infra.cluster import ClusterSpec, open_cluster
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import candidates, chain, choose, ensemble, layout, plan, prepare, publish, sampling_told, solves, sparse, stage_facts
 from tasks.chain import Earlier
 from tasks.subject import Subject
 from tda import location, schema
-from tda.errors import InputError
 from tda.methods.sweep import expand, ranked
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
 
+__all__ = ["Prepared", "RunFailed", "RunSummary", "attribute", "attribute_run", "examine", "given", "request_of"]
+
 quiet_prefect()
 from distributed import Client  # noqa: E402
 from prefect import flow  # noqa: E402  (its settings are read at import)
 
-from flows import stages  # noqa: E402
+from flows import failures, stages  # noqa: E402
+from flows.failures import RunFailed  # noqa: E402
 from flows.progress import Progress  # noqa: E402
-
-
-class RunFailed(RuntimeError):  # noqa: N818  (the name users read)
-    """A run failed half way; the message says which stage and shard, what is kept, and the command that resumes it."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +60,13 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
     """
     started = time.perf_counter()
     request = request_of(config)
-    try:
-        with embedded_api() as api:
-            inputs = examine(request)
-            with open_cluster(config.cluster.spec()) as client:
-                warming = stages.warm(client, request)
-                with api.used(), given(Prepared(started, inputs, client)):
-                    del warming
-                    return attribute(config.model_dump(mode="json"))
-    except ShardFailed as error:
-        kept = f"what is finished is kept in {request.store}"
-        if isinstance(error.cause, InputError):
-            raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
-        resume = f"`{command}`" if command else "the same run"
-        raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
+    with embedded_api() as api:
+        inputs = examine(request)
+        with open_cluster(config.cluster.spec()) as client:
+            warming = stages.warm(client, request)
+            with api.used(), given(Prepared(started, inputs, client)), failures.told(request.store, command):
+                del warming
+                return attribute(config.model_dump(mode="json"))
 
 
 def examine(request: prepare.Request) -> prepare.Inputs:
@@ -170,31 +161,10 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
         decided = decided.placed(run_url)
         if resumed:
             progress.say(f"resuming run {run_id}")
-        if decided.candidates:
-            reused["candidates"] = stages.choose(decided.candidates)
-        fitted: set[str] = set()
-        receipts, labels = [], {"train": inputs.train_labels, "query": inputs.query_labels}
-        for member in decided.members:
-            suffix = f", seed {member.seed}" if len(decided.members) > 1 else ""
-            for key, fit in member.fits.items():
-                if fit.url in fitted:
-                    continue  # one for all members, and done for the first of them
-                fitted.add(fit.url)
-                reused[f"{plan.ARTIFACTS[type(fit)]} ({key}{suffix})"] = stages.fit(fit)
-            made = [stages.make_directions(scored.directions) for scored in member.scores.methods]
-            reused[f"directions{suffix}"] = all(made)
-            sparse.create_results(member.scores, labels, plan.results_attrs(decided, run_id))
-            receipts.append(stages.score(member.scores))
-        for earlier in decided.stages:
-            reused |= _score_stage(decided, earlier, inputs, run_id)
+        more, receipts = compute(decided, inputs, run_url)
+        reused |= more
         if any(reused.values()):
             progress.say(f"reused: {', '.join(name for name, was in reused.items() if was)}")
-        jobs = [member.scores for member in decided.members]
-        stages.verify([*jobs, *(earlier.member.scores for earlier in decided.stages)])
-        if len(jobs) > 1:
-            mean = ensemble.MeanJob(location.join(run_url, "results.zarr"), tuple(jobs))
-            ensemble.create_means(mean, labels, plan.results_attrs(decided, run_id))
-            stages.average(mean)
         found: dict[str, Any] = {
             "reused": reused,
             "damping": publish.used_damping(decided.first),
@@ -213,6 +183,34 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
         stages.finish(decided, run_url, manifest | found, ready.started)
     names = [name for name, was in reused.items() if was]
     return RunSummary(run_id, run_url, location.join(run_url, "report.html"), request.store, names)
+
+
+def compute(decided: plan.Plan, inputs: prepare.Inputs, run_url: str) -> tuple[dict[str, bool], list[list[dict[str, Any]]]]:
+    """Fit, make directions, score and verify what of a placed plan is not there yet: what was reused, by name; by member, the receipts."""
+    run_id, reused, fitted = run_url.rpartition("/")[2], dict[str, bool](), set[str]()
+    receipts, labels = [], {"train": inputs.train_labels, "query": inputs.query_labels}
+    if decided.candidates:
+        reused["candidates"] = stages.choose(decided.candidates)
+    for member in decided.members:
+        suffix = f", seed {member.seed}" if len(decided.members) > 1 else ""
+        for key, fit in member.fits.items():
+            if fit.url in fitted:
+                continue  # one for all members, and done for the first of them
+            fitted.add(fit.url)
+            reused[f"{plan.ARTIFACTS[type(fit)]} ({key}{suffix})"] = stages.fit(fit)
+        made = [stages.make_directions(scored.directions) for scored in member.scores.methods]
+        reused[f"directions{suffix}"] = all(made)
+        sparse.create_results(member.scores, labels, plan.results_attrs(decided, run_id))
+        receipts.append(stages.score(member.scores))
+    for earlier in decided.stages:
+        reused |= _score_stage(decided, earlier, inputs, run_id)
+    jobs = [member.scores for member in decided.members]
+    stages.verify([*jobs, *(earlier.member.scores for earlier in decided.stages)])
+    if len(jobs) > 1:
+        mean = ensemble.MeanJob(location.join(run_url, "results.zarr"), tuple(jobs))
+        ensemble.create_means(mean, labels, plan.results_attrs(decided, run_id))
+        stages.average(mean)
+    return reused, receipts
 
 
 def train(request: prepare.Request, inputs: prepare.Inputs) -> dict[str, bool]:

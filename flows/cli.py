@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from flows import command_nightly, command_prune
 from flows.arguments import DEFAULT_STORE, Config, OtherStore, Overrides, RunId, Store, readable, same
+from flows.command_verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -253,6 +254,7 @@ def doctor(store: Store = DEFAULT_STORE) -> int:
 
 app.command()(command_nightly.nightly)
 app.command()(command_prune.prune)
+app.command()(verify)
 
 
 def _print_summary(summary: "RunSummary") -> None:

@@ -58,7 +58,9 @@ class Session:
         """Run one function over shards on the cluster under one bar; the receipts, in order."""
         started = time.perf_counter()
         with self.progress.stage(stage, len(jobs)) as advance:
-            receipts = run_shards(self.client, partial(reached, function), jobs, stage=stage, on_done=lambda _: advance(), final=(InputError,))
+            receipts = run_shards(
+                self.client, partial(reached, function), jobs, stage=stage, on_done=lambda _: advance(), final=(InputError,)
+            )
         timing = self.timings.setdefault(stage, {"wall": 0.0, "compute": 0.0})
         timing["wall"] += time.perf_counter() - started
         timing["compute"] += sum(receipt["seconds"] for receipt in receipts)

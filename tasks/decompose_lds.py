@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from infra import storage
 from tasks import checksums, layout, retraining
 from tasks.decompose import Point, PointJob, Study
 from tasks.decompose_measure import ladder_influence, load_ladder

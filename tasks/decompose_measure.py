@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infra import storage
 from tasks import checksums, layout
 from tasks.decompose import TOPS, PointJob
 from tasks.dense import load_spectra

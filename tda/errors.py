@@ -8,7 +8,7 @@ class InputError(ValueError):
     """
 
 
-class StoreUnreachable(InputError):
+class StoreUnreachable(InputError):  # noqa: N818  (reads as what happened)
     """A store does not answer, or went away; what was written before stays."""
 
 

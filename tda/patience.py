@@ -2,7 +2,8 @@
 
 For reads, and for Zarr chunks, wherever they lie; infra.storage does the same for single objects that are written. Both read the
 environment: TDA_STORAGE_ATTEMPTS (8) attempts in all, TDA_STORAGE_WAIT (0.2) seconds before the second, then twice as long each time,
-with jitter, 10 s at most; TDA_STORAGE_TIMEOUT (60) seconds without a byte count as a failure, TDA_CONNECT_TIMEOUT (10) without a connection.
+with jitter, 10 s at most; TDA_STORAGE_TIMEOUT (60) seconds without a byte, or TDA_CONNECT_TIMEOUT (10) without a connection, count as a
+failure.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CODES = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
 LONGEST_WAIT = 10.0
 
 
-class Truncated(ConnectionError):
+class Truncated(ConnectionError):  # noqa: N818  (reads as what happened)
     """Fewer bytes came than the store announced, or others."""
 
 

@@ -26,7 +26,9 @@ class PatientS3(S3FileSystem):  # type: ignore[misc]  # s3fs is untyped
     async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
         return await AsyncRetrying(**patience())(super()._call_s3, method, *arguments, **options)
 
-    async def _cat_file(self, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+    async def _cat_file(
+        self, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None, **_: Any
+    ) -> bytes:
         """The bytes of an object, or of a part of it, in one request."""
         bucket, key, version = self.split_path(path)
         asked = {"Bucket": bucket, "Key": key}

@@ -1,0 +1,59 @@
+"""The command `tda verify`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from flows.arguments import DEFAULT_STORE, RunId, Store
+
+WRONG = 1
+
+
+def verify(
+    run: RunId = "latest",
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Delete what is damaged, and compute it again by the run's configuration.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Repair with processes on this machine, not on the run's cluster.")] = None,
+    store: Store = DEFAULT_STORE,
+) -> int:
+    """Read all that a run consists of, and say what is damaged or missing; exit status 1 where anything is."""
+    from tasks.verify import check
+    from tda.results import open_run
+
+    opened = open_run(store, run, incomplete=run != "latest")
+    if not opened.manifest.get("complete") and "repairing" not in opened.manifest:
+        from tda.errors import InputError
+
+        raise InputError(f"run {opened.id} is incomplete; run its configuration again to finish it, which checks what it finds")
+    found = check(opened)
+    wrong = _tell(found)
+    unfinished = "repairing" in opened.manifest
+    more = [] if workers is None else ["--workers", str(workers)]
+    command = shlex.join(["tda", "verify", opened.id, "--repair", *more, "--store", store])
+    if repair and (wrong or unfinished):
+        from flows.repair import repair as mend
+
+        mend(opened, found, command, workers)
+        typer.echo("repaired; checking again")
+        wrong = _tell(check(open_run(store, opened.id)))
+    elif wrong or unfinished:
+        typer.echo(f"mend     {command}")
+    return WRONG if wrong or (unfinished and not repair) else 0
+
+
+def _tell(found: list) -> int:  # type: ignore[type-arg]  # of tasks.verify.Checked, which is slow to import
+    """Print what was found; the number of faults."""
+    wrong = 0
+    for each in found:
+        said = each.note or (f"{each.objects} objects, {each.bytes:,} bytes" if each.objects else "")
+        typer.echo(f"{each.folder}: {said or 'cannot be compared'}")
+        for fault in each.faults:
+            typer.echo(f"  {fault.name}: {fault.what}")
+        wrong += len(each.faults)
+    objects, size = sum(each.objects for each in found), sum(each.bytes for each in found)
+    typer.echo(f"{wrong} of {objects} objects are wrong" if wrong else f"nothing is wrong: {objects} objects, {size:,} bytes read")
+    return wrong

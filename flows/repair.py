@@ -1,0 +1,105 @@
+"""Repairing a run: what is damaged or lost is deleted, computed again by the run's own configuration, and compared with what it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from infra import storage
+from infra.cluster import open_cluster
+from infra.prefect_api import embedded_api
+from infra.settings import quiet_prefect
+from tasks import plan, prepare, publish, solves, verify
+from tasks.subject import read_checkpoint
+from tasks.verify import Checked
+from tda import checkpoint, checksums, location
+from tda.errors import InputError
+from tda.results import Run
+
+quiet_prefect()
+from prefect import flow  # noqa: E402  (its settings are read at import)
+
+from flows import attribute, failures, stages  # noqa: E402
+from flows.config import RunConfig  # noqa: E402
+from flows.progress import Progress  # noqa: E402
+
+
+def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None = None) -> None:
+    """Delete what `tasks.verify.check` found to be damaged in a run, and compute it again.
+
+    Args:
+        run: the run.
+        found: what is wrong with it.
+        command: the command line that does the same, for the message of a repair that fails.
+        workers: processes on this machine that compute it; the run's own cluster when absent.
+
+    Raises:
+        InputError: the run cannot be computed again: its manifest is damaged, or the problem, the data or the checkpoint have changed.
+        RunFailed: a stage failed; `command` goes on.
+    """
+    broken = [each for each in found if each.faults]
+    if any(fault.name == "run.json" for each in broken for fault in each.faults):
+        raise InputError(f"{run.url}/run.json is damaged, and with it the configuration: run the configuration again, and delete this run")
+    started = time.perf_counter()
+    other = {} if workers is None else {"cluster": {"workers": workers}}
+    config = RunConfig.model_validate({**run.manifest["config"], "store": run.store, **other})
+    request = attribute.request_of(config)
+    lost = [fault.name for fault in found[0].faults]
+    with embedded_api() as api:
+        inputs = attribute.examine(request)
+        _check_same(run, request, inputs)
+        with (
+            open_cluster(config.cluster.spec()) as client,
+            api.used(),
+            attribute.given(attribute.Prepared(started, inputs, client)),
+            failures.told(request.store, command),
+        ):
+            # What the manifest says of the run stays as it is; only that the run is complete is taken back until it is true again.
+            storage.write_json(f"{run.url}/run.json", {**run.manifest, "complete": False, "repairing": True})
+            for each in broken:
+                verify.take_away(run.store, each)
+            mend(config.model_dump(mode="json"), run.url, lost)
+
+
+@flow(name="repair", validate_parameters=False)
+def mend(config: dict[str, Any], run_url: str, lost: list[str]) -> None:
+    """Compute what of a run is not there, and turn it complete as it was. lost: the names of objects that were taken away."""
+    parsed = RunConfig.model_validate(config)
+    request, progress = attribute.request_of(parsed), Progress()
+    manifest = location.read_json(f"{run_url}/run.json")
+    with progress.shown(), attribute.prepared(request, parsed.cluster.spec()) as ready, stages.session(ready.client, progress) as session:
+        attribute.train(request, ready.inputs)
+        decided = plan.plan(request, ready.inputs)
+        if decided.fingerprint != manifest["fingerprints"]["run"]:
+            raise InputError(f"what {run_url} was computed from is no longer the same: run its configuration again, and delete this run")
+        decided = decided.placed(run_url)
+        attribute.compute(decided, ready.inputs, run_url)
+        solves.write_solves(decided)
+        storage.sweep(run_url)
+        if "report.html" in lost:
+            added = ("repairing", "checksums", "artifacts", "sha256")  # not there yet when the page was written first
+            publish.write_page(decided, run_url, {key: value for key, value in manifest.items() if key not in added})
+        if checksums.NAME in lost:
+            _restore_sums(decided, run_url, session, manifest)
+    publish.complete(run_url, {key: value for key, value in manifest.items() if key != "repairing"})
+
+
+def _restore_sums(decided: plan.Plan, run_url: str, session: stages.Session, manifest: dict[str, Any]) -> None:
+    """Write checksums.json anew; InputError where it is not what the manifest says: then something else has changed, too."""
+    from tasks.checksums import used, write_run
+
+    told = write_run(run_url, session.sums_below(run_url), used(decided))
+    if told["checksums"] != manifest["checksums"]:
+        raise InputError(f"{run_url}: checksums.json was lost, and other objects are not what they were: run the configuration again")
+
+
+def _check_same(run: Run, request: prepare.Request, inputs: prepare.Inputs) -> None:
+    """InputError where what the run was computed from has changed since; before anything is deleted."""
+    prints = run.manifest["fingerprints"]
+    now = {"problem": inputs.problem, "train_data": inputs.train, "query_data": inputs.query}
+    if request.subject.checkpoint:
+        now["checkpoint"] = checkpoint.digest(read_checkpoint(request.subject.checkpoint))
+    if changed := [name for name, digest in now.items() if prints.get(name) != digest]:
+        said = " and ".join(name.replace("_", " ") for name in changed)
+        raise InputError(f"run {run.id} cannot be repaired: its {said} changed since it was computed; run its configuration again instead")

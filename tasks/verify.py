@@ -1,0 +1,144 @@
+"""Whether everything that a run consists of is still what was written; and taking away what is not, so that it is computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from infra import storage
+from tasks import layout
+from tda import checksums, location
+from tda.checksums import Fault, Sums
+from tda.errors import InputError
+from tda.results import Run
+
+#: Artifacts without which a run still opens in full: that they are gone is told and no fault, since deleting them to save room is usual.
+SPARE = ("directions", "projections", "averages")
+#: Artifacts of which single objects can be made again; of every other the whole is.
+BY_OBJECT = ("directions",)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found of one folder: a run's own, or an artifact's, named as in the store; note: what else there is to say."""
+
+    folder: str
+    objects: int
+    bytes: int
+    faults: tuple[Fault, ...] = ()
+    note: str = ""
+
+
+def check(run: Run) -> list[Checked]:
+    """Read every object of a run and of the artifacts it names, and compare it with what was written.
+
+    Raises:
+        InputError: the manifest names what is outside the store.
+        StoreUnreachable: the store does not answer.
+    """
+    artifacts = run.manifest.get("artifacts", [])
+    return [check_run(run), *(_check_artifact(run.store, name) for name in artifacts)]
+
+
+def check_run(run: Run) -> Checked:
+    """The run's own objects."""
+    folder = f"runs/{run.id}"
+    told = run.manifest.get("checksums")
+    if told is None:
+        return Checked(folder, 0, 0, note="written before checksums were kept: nothing to compare with")
+    faults = [] if "repairing" in run.manifest or checksums.is_whole(run.manifest) else [Fault("run.json", "damaged")]
+    try:
+        sums = _run_sums(run.url, told)
+    except FileNotFoundError:
+        return Checked(folder, 0, 0, (*faults, Fault(checksums.NAME, "missing")))
+    except InputError:
+        return Checked(folder, 0, 0, (*faults, Fault(checksums.NAME, "damaged")))
+    return _checked(folder, sums, [*faults, *checksums.compare(run.url, sums)])
+
+
+def _run_sums(url: str, told: dict[str, Any]) -> Sums:
+    where = location.join(url, checksums.NAME)
+    sums = checksums.read(where)
+    if sums is None or location.read_json(where)["sha256"] != told.get("sha256"):
+        raise InputError(f"{where} is not what the run's manifest says")
+    return sums
+
+
+def _check_artifact(store: str, name: str) -> Checked:
+    kind, _, mark = str(name).partition("/")
+    url, folder = layout.artifact(store, kind, mark), f"artifacts/{name}"
+    marker = location.join(url, "complete.json")
+    try:
+        sums = checksums.read(marker)
+    except FileNotFoundError:
+        if kind in SPARE and not location.find(url):
+            return Checked(folder, 0, 0, note="gone; the run opens without it, and the same configuration makes it again")
+        return Checked(folder, 0, 0, (Fault("complete.json", "missing"),))
+    except InputError:
+        return Checked(folder, 0, 0, (Fault("complete.json", "damaged"),))
+    if sums is None:
+        return Checked(folder, 0, 0, note="written before checksums were kept: nothing to compare with")
+    return _checked(folder, sums, checksums.compare(url, sums))
+
+
+def _checked(folder: str, sums: Sums, faults: Sequence[Fault]) -> Checked:
+    return Checked(folder, len(sums), sum(entry[0] for entry in sums.values()), tuple(faults))
+
+
+def take_away(store: str, found: Checked) -> None:
+    """Delete what is damaged in a folder, with what says that it is done, and nothing else that can stay."""
+    url = location.join(store, found.folder)
+    if found.folder.startswith("runs/"):
+        for fault in found.faults:
+            for name in (fault.name, *_receipts(url, fault.name)):
+                storage.delete(location.join(url, name))
+        return
+    storage.delete(location.join(url, "complete.json"))  # first: what is half deleted must not look complete
+    if found.folder.split("/")[1] not in BY_OBJECT:
+        storage.delete_tree(url)
+        return
+    for fault in found.faults:
+        stem = fault.name.rpartition(".")[0]
+        for name in (fault.name, f"{stem}.safetensors", f"{stem}.json"):
+            storage.delete(location.join(url, name))
+
+
+def _receipts(run_url: str, name: str) -> Iterator[str]:
+    """The receipts that say that an object of a run is written."""
+    before, is_zarr, inside = name.partition("results.zarr/")
+    if "solves.zarr/" in name:
+        yield f"{before.partition('solves.zarr/')[0]}receipts/solves.json"
+    if not is_zarr:
+        return
+    array, is_chunk, place = inside.partition("/c/")
+    if not is_chunk or array in ("method", "query", "train", "query_label", "train_label"):
+        yield f"{before}receipts/created.json"
+        yield f"{before}receipts/created-mean.json"
+        yield "members/0/receipts/created-mean.json"
+        return
+    for shard, block in _shards(location.join(run_url, before.rstrip("/")) if before else run_url, array, place):
+        yield f"{before}receipts/scores/{shard:06d}-{block:06d}.json"
+
+
+def _shards(url: str, array: str, place: str) -> Iterator[tuple[int, int]]:
+    """Which shards (train chunk, query block) write a chunk. Where metadata are damaged too: every block of the train chunk."""
+    at = [int(part) for part in place.split("/")]
+    names = location.list_names(location.join(url, "receipts", "scores"))
+    blocks = range(1 + max((int(name[7:13]) for name in names), default=0))
+    if array == "query_measurement":
+        yield 0, at[0]
+    elif array in ("train_loss", "self_influence"):
+        yield at[-1], 0
+    else:
+        written = _block(url, array, at[1])
+        yield from ((at[2], block) for block in blocks if written in (None, block))
+
+
+def _block(url: str, array: str, chunk: int) -> int | None:
+    """The query block of a chunk of an array (method, query, train); None where that cannot be told."""
+    try:
+        group: Any = location.open_group(location.join(url, "results.zarr"))
+        return int(chunk * group[array].chunks[1] // group["query_measurement"].chunks[0])
+    except Exception:  # noqa: BLE001  (damaged metadata may raise anything)
+        return None
