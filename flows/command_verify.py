@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.arguments import DEFAULT_STORE, RunId, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tasks.verify import Checked
 
 WRONG = 1
 
@@ -45,7 +50,7 @@ def verify(
     return WRONG if wrong or (unfinished and not repair) else 0
 
 
-def _tell(found: list) -> int:  # type: ignore[type-arg]  # of tasks.verify.Checked, which is slow to import
+def _tell(found: Sequence[Checked]) -> int:
     """Print what was found; the number of faults."""
     wrong = 0
     for each in found:

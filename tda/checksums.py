@@ -49,7 +49,7 @@ def signed(values: Mapping[str, Any]) -> dict[str, Any]:
 def is_whole(values: Mapping[str, Any]) -> bool:
     """Whether a JSON object is what `signed` made of it; True where it carries no digest."""
     rest = {key: value for key, value in values.items() if key != "sha256"}
-    return values.get("sha256", _digest(rest)) == _digest(rest)
+    return bool(values.get("sha256", _digest(rest)) == _digest(rest))
 
 
 def _digest(values: Mapping[str, Any]) -> str:
