@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from flows import command_nightly, command_prune
 from flows.arguments import DEFAULT_STORE, Config, OtherStore, Overrides, RunId, Store, readable, same
 from flows.command_verify import verify
+from flows.secrets import masked
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -72,7 +73,7 @@ def _status_of(error: Exception) -> int | None:
 
 
 def _fail(code: int, message: str) -> int:
-    sys.stderr.write(f"tda: {' '.join(message.split())}\n")
+    sys.stderr.write(f"tda: {masked(' '.join(message.split()))}\n")
     return code
 
 

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from flows.config_candidates import CandidatesConfig
 from flows.tracing_options import TracingOptions
+from flows import secrets
 from infra.cluster import ClusterSpec
 from tda.errors import InputError
 
@@ -170,6 +171,12 @@ class RunConfig(_Table):
                     f"problem_options.{key} is {_shown(value)}, which JSON does not have; write it as text in quotes"
                 ) from None
         return options
+
+    @field_validator("problem_options", "methods", "checkpoint")
+    @classmethod
+    def _no_secrets(cls, value: Any, info: ValidationInfo) -> Any:
+        secrets.refuse(value, str(info.field_name))
+        return value
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), store: str | None = None, *, pin: bool = True) -> RunConfig:

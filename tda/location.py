@@ -6,7 +6,6 @@ AWS_ENDPOINT_URL, AWS_DEFAULT_REGION), never from a configuration file or a URL.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
@@ -22,16 +21,14 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import Retrying
 from zarr.abc.store import Store
-from zarr.storage import FsspecStore, WrapperStore
+from zarr.storage import FsspecStore
 
 from tda.errors import InputError, StoreUnreachable
 from tda.patience import is_transient, patience
+from tda.read_store import ReadStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
 
 Mode = Literal["r", "r+", "a", "w", "w-"]
 
@@ -68,7 +65,7 @@ def join(url: str, *parts: str) -> str:
         InputError: a part is empty, absolute, or contains "..": ids and names never lead out of their store.
     """
     for part in parts:
-        if not part or part.startswith("/") or "\\" in part or any(piece in ("", ".", "..") for piece in part.split("/")):
+        if not isinstance(part, str) or not part or set("\\\0") & set(part) or any(piece in ("", ".", "..") for piece in part.split("/")):
             raise InputError(f"{part!r} cannot be a name below {url}: names are relative and contain neither '..' nor empty parts")
     return "/".join([url.removesuffix("/"), *parts])
 
@@ -173,7 +170,10 @@ def open_group(url: str, mode: Mode = "r", sums: dict[str, list[Any]] | None = N
     with _readable(url):
         store: Store = _zarr_store(url, read_only=mode == "r")
         return zarr.open_group(
-            store if sums is None else _Digesting(store, sums), mode=mode, zarr_format=3, use_consolidated=None if mode == "r" else False
+            ReadStore(store, sums) if mode == "r" or sums is not None else store,
+            mode=mode,
+            zarr_format=3,
+            use_consolidated=None if mode == "r" else False,
         )
 
 
@@ -229,21 +229,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class _Digesting(WrapperStore[Store]):
-    """A store that writes down what it reads."""
-
-    def __init__(self, store: Store, sums: dict[str, list[Any]]) -> None:
-        super().__init__(store)
-        self._sums = sums
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        found = await super().get(key, prototype, byte_range)
-        if found is not None and byte_range is None:
-            data = found.as_numpy_array().data
-            self._sums[key] = [len(found), hashlib.sha256(data).hexdigest()]
-        return found
 
 
 def _zarr_store(url: str, *, read_only: bool) -> FsspecStore:

@@ -5,6 +5,7 @@ An array's spec is found by the last part of its name, so that "layers/3/eigenva
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from tda.errors import InputError
+from tda.read_store import LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +57,9 @@ class ArraySpec:
     sign: str = ""
     fill: float | int | str = 0
 
+
+#: How arrays are packed: nothing else is unpacked.
+CODECS = {"BytesCodec", "VLenUTF8Codec", "ZstdCodec"}
 
 _NAN = float("nan")
 _SQUARED_GRADIENT = "nats^2 per parameter^2"
@@ -365,10 +370,25 @@ def _checked(group: zarr.Group, name: str) -> zarr.Array[Any]:
     dims = getattr(array.metadata, "dimension_names", None)
     if dims != spec.dims:
         raise InputError(f"{group.store_path}: {name!r} has the dims {dims}, expected {spec.dims}; the store is damaged")
+    _check_size(array, f"{group.store_path}: {name!r}")
     if _dtype_name(array.dtype) not in spec.dtypes:
         found, expected = _dtype_name(array.dtype), " or ".join(spec.dtypes)
         raise InputError(f"{group.store_path}: {name!r} is {found}, expected {expected}; the store is damaged")
     return array
+
+
+def _check_size(array: zarr.Array[Any], where: str) -> None:
+    """Refuse what would take more memory than any array of ours, or another way of unpacking, before anything is read of it."""
+    item = max(1, array.dtype.itemsize)
+    chunk = math.prod(array.chunks) * item
+    whole = math.prod(array.shape) * item if array.ndim == 1 else 0  # coordinates are read whole
+    if max(chunk, whole) > LARGEST:
+        raise InputError(
+            f"{where} has the shape {array.shape} in chunks of {array.chunks}, {max(chunk, whole):,} bytes at a time; the store is damaged"
+        )
+    codecs = {type(codec).__name__ for codec in getattr(array.metadata, "codecs", ())}
+    if not codecs <= CODECS:
+        raise InputError(f"{where} is packed with {', '.join(sorted(codecs - CODECS))}; it was not written by tda, or is damaged")
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> str:

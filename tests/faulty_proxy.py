@@ -25,6 +25,8 @@ class Proxy:
     kinds: tuple[str, ...] = FAULTS
     silence: float = 3.0
     requests: int = 0
+    ends_after: int | None = None
+    """So many requests are served, and from then on every connection is closed: the server is gone."""
     injected: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -33,6 +35,8 @@ class Proxy:
     def draw(self) -> str:
         """The fault of the next request; "" for none."""
         self.requests += 1
+        if self.ends_after is not None and self.requests > self.ends_after:
+            return "reset"
         # Silence takes longest, and so comes up less often.
         weights = [1 if kind == "silent" else 4 for kind in self.kinds]
         return self.rng.choices(self.kinds, weights)[0] if self.rng.random() < self.rate else ""
@@ -42,7 +46,7 @@ class Proxy:
         try:
             while await self.one(reader, writer):
                 pass
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             writer.close()

@@ -15,17 +15,17 @@ from tests.stored_run import put, write_factors, write_run
 @pytest.fixture
 def s3_reads(monkeypatch):
     """The objects that were read from S3, as (path, bytes)."""
-    from s3fs import S3FileSystem
+    from tda.s3 import PatientS3
 
     reads = []
-    fetch = S3FileSystem._cat_file
+    fetch = PatientS3._cat_file
 
     async def counted(self, path, *args, **kwargs):
         data = await fetch(self, path, *args, **kwargs)
         reads.append((path, len(data)))
         return data
 
-    monkeypatch.setattr(S3FileSystem, "_cat_file", counted)
+    monkeypatch.setattr(PatientS3, "_cat_file", counted)
     return reads
 
 

@@ -1,0 +1,35 @@
+"""Secrets do not belong into a configuration, which every run stores; and what an error quotes of others is shown without them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_NAME = re.compile(r"(^|_)(password|passwd|passphrase|secret|api_?key|access_?key|private_?key|credentials?)$|^token$", re.IGNORECASE)
+#: Not every token: language models have a pad_token and others.
+_TOKEN = re.compile(r"(^|_)(auth|access|api|hf|bearer|refresh|session)_?token$", re.IGNORECASE)
+_IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s:@'\"]*:[^/\s@'\"]+@", re.IGNORECASE)
+
+
+def refuse(values: Any, where: str = "") -> None:
+    """Look through a configuration's tables.
+
+    Raises:
+        ValueError: a key is named like a secret, or a text holds a URL with a password; the message does not repeat it.
+    """
+    if isinstance(values, dict):
+        for key, value in values.items():
+            name = f"{where}.{key}" if where else str(key)
+            if isinstance(value, str) and value and (_NAME.search(str(key)) or _TOKEN.search(str(key))):
+                raise ValueError(f"{name} looks like a secret, and a run stores its configuration; let the problem read it from os.environ")
+            refuse(value, name)
+    elif isinstance(values, list | tuple):
+        for place, value in enumerate(values):
+            refuse(value, f"{where}.{place}")
+    elif isinstance(values, str) and _IN_URL.search(values):
+        raise ValueError(f"{where} is a URL with a password, and a run stores its configuration; let the problem read it from os.environ")
+
+
+def masked(text: str) -> str:
+    """A text without the names and passwords in its URLs."""
+    return _IN_URL.sub(r"\g<scheme>***@", text)
