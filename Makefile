@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint unit bench benchfull lds soak clean
+.PHONY: help venv demo test lint check unit bench benchfull lds soak clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
@@ -30,11 +30,16 @@ test: .venv/.dev ## installs what tests need (Debian packages too), then lint, t
 	tests/system-packages.sh
 	$(MAKE) --no-print-directory lint unit
 
-lint: .venv/.dev ## ruff, mypy --strict, import contracts
+lint: .venv/.dev ## ruff, mypy --strict, import contracts, bandit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive tda tasks flows infra
+
+check: .venv/.dev ## lint, and known vulnerabilities in what is depended on; says so where they could not be looked up
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m tests.audit
 
 unit: .venv/.dev ## the tests alone: the mathematics on all cores, one test each, then what starts clusters and servers of its own
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "pure and not soak"

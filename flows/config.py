@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, NoReturn, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from flows import secrets
 from flows.config_candidates import CandidatesConfig
 from flows.tracing_options import TracingOptions
-from flows import secrets
 from infra.cluster import ClusterSpec
 from tda.errors import InputError
 

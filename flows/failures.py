@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from infra.cluster import ShardFailed
 from infra.storage import StoreError
-from tda.errors import InputError, StoreUnreachable
+from tda.errors import InputError, StoreUnreachable, cause
+from tda.patience import is_transient
 
 #: What a full or a read-only store says.
 FULL = {errno.ENOSPC: "the store is full", errno.EDQUOT: "the store's quota is used up", errno.EROFS: "the store has become read-only"}
@@ -36,10 +37,17 @@ def told(store: str, command: str = "") -> Iterator[None]:
         raise RunFailed(f"{_said(error.cause, str(error))}; {kept}; {resume} resumes it") from error
     except (StoreUnreachable, StoreError) as error:
         raise RunFailed(f"{_said(error, str(error))}; {kept}; {resume} resumes it") from error
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        # Zarr passes on what file systems and botocore raise; Prefect what its HTTP client does.
+        if _is_prefect(error):
+            raise RunFailed(f"Prefect's API does not answer any more ({cause(error)}); {kept}; {resume} resumes it") from error
+        if not (is_transient(error) or getattr(error, "errno", None) in FULL):
             raise
         raise RunFailed(f"{_said(error, str(error))}; {kept}; {resume} resumes it") from error
+
+
+def _is_prefect(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore") or type(error).__name__ == "PrefectHTTPStatusError"
 
 
 def _said(error: BaseException, text: str) -> str:

@@ -9,7 +9,9 @@ from tda.errors import InputError
 from tests.flows.runs import CONFIG, write_config
 
 
-@pytest.mark.parametrize("key", ["password", "db_password", "api_key", "token", "hf_token", "AUTH_TOKEN", "aws_secret_access_key", "secret"])
+@pytest.mark.parametrize(
+    "key", ["password", "db_password", "api_key", "token", "hf_token", "AUTH_TOKEN", "aws_secret_access_key", "secret"]
+)
 def test_an_option_that_is_named_like_a_secret_is_refused_without_its_value(tmp_path, key):
     config = write_config(tmp_path, CONFIG.replace("shard_size", f'problem_options = {{source = {{{key} = "hunter2"}}}}\nshard_size'))
     with pytest.raises(InputError, match=f"problem_options.source.{key} looks like a secret.*os.environ") as caught:
@@ -34,8 +36,12 @@ def test_what_an_error_quotes_is_shown_without_passwords(tmp_path, capsys):
     problem = """
     import tda
     class Tiny(tda.Problem):
+        likelihood = tda.Categorical()
         def __init__(self):
-            raise RuntimeError("cannot connect to postgres://me:hunter2@host/db")
+            raise tda.InputError("cannot connect to postgres://me:hunter2@host/db")
+        def model(self): ...
+        def train_data(self): ...
+        def query_data(self): ...
     """
     config = write_config(tmp_path, CONFIG, problem)
     assert status(["run", str(config), "--store", f"{tmp_path}/store"]) == 2
