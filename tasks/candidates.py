@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from infra import storage
-from tasks import layout
+from tasks import checksums, layout
 from tasks.scores import damage
 from tasks.subject import Subject, open_problem
 from tda import location, schema
@@ -114,7 +114,7 @@ def finish_embeddings(job: EmbeddingJob) -> dict[str, Any]:
         if wrong := damage(group["embedding"], (slice(ids.start, ids.stop),)):
             storage.delete(location.join(job.url, "receipts", f"{part:06d}.json"))
             raise ArithmeticError(f"embeddings of {job.split} examples {ids.start}..{ids.stop - 1}: {wrong}; the next try makes them again")
-    storage.write_json(location.join(job.url, "complete.json"), {})
+    checksums.complete(job.url, {})
     return {"seconds": time.perf_counter() - started}
 
 
@@ -130,7 +130,7 @@ def select(job: CandidateJob) -> dict[str, Any]:
         if not np.array_equal(array[...], values):
             raise ArithmeticError(f"{name} reads otherwise than it was written; the next try writes it again")
     location.seal(job.zarr)
-    storage.write_json(location.join(job.url, "complete.json"), {})
+    checksums.complete(job.url, {})
     return {"seconds": time.perf_counter() - started}
 
 

@@ -139,7 +139,8 @@ def verify_block(task: tuple[ScoreJob, int]) -> dict[str, Any]:
     """
     job, block = task
     started, asked = time.perf_counter(), job.query_ids(block)
-    group: Any = location.open_group(job.results)
+    sums: dict[str, list[Any]] = {}
+    group: Any = location.open_group(job.results, "r", sums)
     queries, real = slice(asked.start, asked.stop), _ids(job, block) >= 0
     wanted: dict[str, tuple[tuple[Any, ...], Any]] = {
         "candidate_influence": ((slice(None), queries, slice(None)), real),
@@ -155,4 +156,4 @@ def verify_block(task: tuple[ScoreJob, int]) -> dict[str, Any]:
                 storage.delete(f"{_piece(job, piece, block)}.json")
             storage.delete(_receipt(job, block))
             raise ArithmeticError(f"{name}, queries {asked.start}..{asked.stop - 1}: {wrong}; the next try computes it again")
-    return {"seconds": time.perf_counter() - started}
+    return {"seconds": time.perf_counter() - started, "results": job.results, "sums": sums}

@@ -117,8 +117,21 @@ def _receipts(run_url: str, name: str) -> Iterator[str]:
         yield f"{before}receipts/created-mean.json"
         yield "members/0/receipts/created-mean.json"
         return
+    if location.list_names(location.join(run_url, f"{before}receipts", "candidates")):
+        yield from _candidate_receipts(run_url, before, array, place)
     for shard, block in _shards(location.join(run_url, before.rstrip("/")) if before else run_url, array, place):
         yield f"{before}receipts/scores/{shard:06d}-{block:06d}.json"
+
+
+def _candidate_receipts(run_url: str, before: str, array: str, place: str) -> Iterator[str]:
+    """The receipts of the query block that a chunk of the candidates' arrays belongs to, the piece by piece and the whole."""
+    at = [int(part) for part in place.split("/")]
+    url = location.join(run_url, before.rstrip("/")) if before else run_url
+    block = at[0] if array == "query_measurement" else _block(url, array, at[-2])
+    for folder in ("pieces", "candidates"):
+        for name in location.list_names(location.join(url, "receipts", folder)):
+            if block is None or name.startswith(f"{block:06d}"):
+                yield f"{before}receipts/{folder}/{name}"
 
 
 def _shards(url: str, array: str, place: str) -> Iterator[tuple[int, int]]:
@@ -139,6 +152,6 @@ def _block(url: str, array: str, chunk: int) -> int | None:
     """The query block of a chunk of an array (method, query, train); None where that cannot be told."""
     try:
         group: Any = location.open_group(location.join(url, "results.zarr"))
-        return int(chunk * group[array].chunks[1] // group["query_measurement"].chunks[0])
+        return int(chunk * group[array].chunks[-2] // group["query_measurement"].chunks[0])
     except Exception:  # noqa: BLE001  (damaged metadata may raise anything)
         return None

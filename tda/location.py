@@ -58,11 +58,11 @@ def resolve(url: str, base: str | os.PathLike[str] | None = None) -> str:
     return _resolve_file(url.strip(), url, base)
 
 
-def join(url: str, *parts: str) -> str:
+def join(url: str, *parts: Any) -> str:
     """Return `url` with `parts` below it.
 
     Raises:
-        InputError: a part is empty, absolute, or contains "..": ids and names never lead out of their store.
+        InputError: a part is no text, empty, absolute, or contains "..": ids and names never lead out of their store.
     """
     for part in parts:
         if not isinstance(part, str) or not part or set("\\\0") & set(part) or any(piece in ("", ".", "..") for piece in part.split("/")):

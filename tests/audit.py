@@ -16,9 +16,8 @@ def main() -> int:
         return 0
     sys.stderr.write(f"{said}\n")
     blind = any(word in said for word in BLIND)
-    sys.stderr.write(
-        "NOT CHECKED: the dependencies could not all be audited; try again where the index and the advisories can be reached\n" * blind
-    )
+    if blind:
+        sys.stderr.write("NOT CHECKED: not all dependencies could be audited; try again where index and advisories can be reached\n")
     return 2 if blind else 1
 
 

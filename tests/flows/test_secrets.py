@@ -9,9 +9,7 @@ from tda.errors import InputError
 from tests.flows.runs import CONFIG, write_config
 
 
-@pytest.mark.parametrize(
-    "key", ["password", "db_password", "api_key", "token", "hf_token", "AUTH_TOKEN", "aws_secret_access_key", "secret"]
-)
+@pytest.mark.parametrize("key", ["password", "db_password", "api_key", "token", "hf_token", "AUTH_TOKEN", "access_key", "secret"])
 def test_an_option_that_is_named_like_a_secret_is_refused_without_its_value(tmp_path, key):
     config = write_config(tmp_path, CONFIG.replace("shard_size", f'problem_options = {{source = {{{key} = "hunter2"}}}}\nshard_size'))
     with pytest.raises(InputError, match=f"problem_options.source.{key} looks like a secret.*os.environ") as caught:
