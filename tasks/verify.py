@@ -18,6 +18,11 @@ SPARE = ("directions", "projections", "averages")
 #: Artifacts of which single objects can be made again; of every other the whole is.
 BY_OBJECT = ("directions",)
 
+#: Arrays of results.zarr that score tasks write.
+SCORED = {
+    "influence", "stderr", "train_loss", "self_influence", "query_measurement", "candidate_influence", "candidate_stderr", "candidate_loss",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -112,13 +117,15 @@ def _receipts(run_url: str, name: str) -> Iterator[str]:
     if not is_zarr:
         return
     array, is_chunk, place = inside.partition("/c/")
-    if not is_chunk or array in ("method", "query", "train", "query_label", "train_label"):
+    # What is no score is written when the arrays are created.
+    if not is_chunk or array not in SCORED:
         yield f"{before}receipts/created.json"
         yield f"{before}receipts/created-mean.json"
         yield "members/0/receipts/created-mean.json"
         return
-    if location.list_names(location.join(run_url, f"{before}receipts", "candidates")):
+    if array.startswith("candidate_") or location.list_names(location.join(run_url, f"{before}receipts", "candidates")):
         yield from _candidate_receipts(run_url, before, array, place)
+        return
     for shard, block in _shards(location.join(run_url, before.rstrip("/")) if before else run_url, array, place):
         yield f"{before}receipts/scores/{shard:06d}-{block:06d}.json"
 

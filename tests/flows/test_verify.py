@@ -180,3 +180,16 @@ def test_a_run_on_s3_is_verified_and_repaired_alike(complete: Path, moto_s3: str
     assert "results.zarr/influence/c/2/0/1: damaged: its bytes have changed" in capsys.readouterr().out
     assert status(["verify", "--repair", "--workers", "1", "--store", url]) == 0
     assert location.read_bytes(chunk) == whole
+
+
+def test_a_run_of_candidates_is_repaired_alike(tmp_path: Path, single: str) -> None:
+    chosen = "[candidates]\nrandom = 4\n"
+    config = write_config(tmp_path / "config", METHODS.replace("[cluster]", f"{chosen}[cluster]"))
+    store = tmp_path / "store"
+    attribute(config, str(store), single)
+    before = kept(store)
+    for name in [name for name in before if "/candidate_" in name and "/c/" in name and "/runs/" in f"/{name}"]:
+        (store / name).unlink()
+    assert faults(store)
+    assert status(["verify", "--repair", "--store", str(store)]) == 0
+    assert kept(store) == before
