@@ -6,10 +6,11 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
@@ -18,6 +19,7 @@ from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import candidates, chain, choose, ensemble, layout, plan, prepare, publish, sampling_told, solves, sparse, stage_facts
 from tasks.chain import Earlier
+from tasks.standing import standing
 from tasks.subject import Subject
 from tda import location, schema
 from tda.methods.sweep import expand, ranked
@@ -62,11 +64,14 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
     request = request_of(config)
     with embedded_api() as api:
         inputs = examine(request)
-        with open_cluster(config.cluster.spec()) as client:
-            warming = stages.warm(client, request)
-            with api.used(), given(Prepared(started, inputs, client)), failures.told(request.store, command):
-                del warming
+        with cluster_for(request, config.cluster.spec()) as client, api.used():
+            with given(Prepared(started, inputs, client)), failures.told(request.store, command):
                 return attribute(config.model_dump(mode="json"))
+
+
+def cluster_for(request: prepare.Request, cluster: ClusterSpec) -> AbstractContextManager[Client]:
+    """A cluster whose workers have the request's problem, and versions like those here."""
+    return open_cluster(cluster, partial(standing, request.subject.problem, request.subject.options))
 
 
 def examine(request: prepare.Request) -> prepare.Inputs:
@@ -136,7 +141,7 @@ def prepared(request: prepare.Request, cluster: ClusterSpec) -> Iterator[Prepare
         return
     started = time.perf_counter()
     inputs = examine(request)
-    with open_cluster(cluster) as client:
+    with cluster_for(request, cluster) as client:
         yield Prepared(started, inputs, client)
 
 

@@ -6,19 +6,18 @@ import re
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from flows import secrets
 from flows.config_candidates import CandidatesConfig
 from flows.tracing_options import TracingOptions
-from infra.cluster import ClusterSpec
+from flows.cluster_config import ClusterConfig
+from flows.config_table import STRICT, Count, Text
+from flows.config_table import shown as _shown
 from tda.errors import InputError
-
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
 
 PLAIN_WORDS = {  # what pydantic calls "Input should be a valid ..."
     "bool_type": "be true or false",
@@ -33,50 +32,10 @@ PLAIN_WORDS = {  # what pydantic calls "Input should be a valid ..."
     "string_type": "be text",
     "too_short": "not be empty",
 }
-LONGEST_VALUE = 80  # characters of a value repeated in a message
 
 
 class _Table(BaseModel):
-    # Strict: TOML has types, and a quoted number is a slip.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ClusterConfig(_Table):
-    """The [cluster] table; its keys are those of infra.cluster.ClusterSpec."""
-
-    kind: Literal["local", "address"] = "local"
-    workers: Count = 2
-    threads: Count = 1
-    address: Text | None = None
-    memory_limit: Any = None
-    """Bytes or a text such as "4GiB" per worker; None: an equal share of the machine."""
-
-    @field_validator("memory_limit")
-    @classmethod
-    def _memory_is_a_size(cls, value: Any) -> str | int | None:
-        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-            return value
-        if isinstance(value, str) and re.fullmatch(r"[0-9.]+ ?([kKMGT]i?)?B", value):
-            return value
-        raise ValueError(f'cluster.memory_limit must be a number of bytes or a text such as "4GiB", got {_shown(value)}')
-
-    @model_validator(mode="after")
-    def _address_goes_with_its_kind(self) -> Self:
-        if self.kind == "address" and self.address is None:
-            raise ValueError('cluster.kind = "address" needs cluster.address; add address = "tcp://HOST:8786"')
-        if self.kind != "address" and self.address is not None:
-            raise ValueError(f'cluster.address = "{self.address}" is used only with cluster.kind = "address"; set it or remove the address')
-        if self.kind == "address":
-            for key in ("workers", "threads", "memory_limit"):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(
-                        f'cluster.{key} does not change the workers at cluster.address; remove it, or use cluster.kind = "local"'
-                    )
-        return self
-
-    def spec(self) -> ClusterSpec:
-        """As infra.cluster.open_cluster takes it."""
-        return ClusterSpec(**self.model_dump())
+    model_config = STRICT
 
 
 class EvaluationConfig(TracingOptions, _Table):
@@ -312,15 +271,6 @@ def _known_keys(parents: Sequence[int | str]) -> list[str]:
 def _dotted(loc: Sequence[int | str]) -> str:
     # A union names its member ("int", "constrained-str") behind the key; no key of ours looks like these.
     return ".".join(str(part) for part in loc if str(part) not in {"int", "constrained-int", "str", "constrained-str"})
-
-
-def _shown(value: Any) -> str:
-    """A value as TOML would have it, shortened."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError):
-        text = str(value)
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
 def _resolved(file: Path, config: RunConfig, sources: dict[str, str]) -> RunConfig:

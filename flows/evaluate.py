@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from infra.cluster import ShardFailed, open_cluster
+from infra.cluster import ShardFailed
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import evaluate as measuring
@@ -90,7 +90,7 @@ def evaluate_run(config: RunConfig, command: str = "") -> EvaluationSummary:
             inputs = attribute.examine(request)
             truth = retraining.plan(request.store, _truth(config))
             measuring.examine(_options(config), _families(config), truth)
-            with open_cluster(config.cluster.spec()) as client:
+            with attribute.cluster_for(request, config.cluster.spec()) as client:
                 ready = _Ready(started, request, inputs, truth, client)
                 with api.used(), _given(ready):
                     return evaluate(config.model_dump(mode="json"))

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from infra.cluster import ShardFailed, open_cluster
+from infra.cluster import ShardFailed
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import plan, sampling
@@ -63,7 +63,7 @@ def sample_run(config: RunConfig, command: str = "", *, tune: bool = False) -> l
     try:
         with embedded_api() as api:
             inputs = attribute.examine(request)
-            with open_cluster(config.cluster.spec()) as client:
+            with attribute.cluster_for(request, config.cluster.spec()) as client:
                 ready = attribute.Prepared(started, inputs, client)
                 with api.used(), attribute.given(ready):
                     return sample(config.model_dump(mode="json"), tune=tune)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from distributed import Client, Future
+from distributed import Client
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -119,12 +119,6 @@ def _price(url: str, before: float | None) -> None:
     null where a try was interrupted: what it did, and so did not have to be done again, would be missing.
     """
     storage.write_json(location.join(url, "seconds.json"), {"compute": None if before is None else here().spent - before})
-
-
-def warm(client: Client, request: prepare.Request) -> list[Future]:
-    """Let every worker import what it needs while the run has not begun; keep the futures until then."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    return [client.submit(subject.warm, request.subject, workers=[worker], pure=False) for worker in workers]
 
 
 _stage = task(cache_policy=NO_CACHE, persist_result=False)

@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from flows.config import ClusterConfig, Count, Text, _apply, _problem, _read, _refuse, _shown, _source, _Table
+from flows.cluster_config import ClusterConfig
+from flows.config import _apply, _problem, _read, _refuse, _source, _Table
+from flows.config_table import Count, Text
+from flows.config_table import shown as _shown
 from tda.errors import InputError
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -125,7 +128,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), store: str | Non
     return _resolved(file, config, sources)
 
 
-def _check_keys(file: Path, table: Mapping[str, Any], model: type[_Table], parents: tuple[str, ...], sources: dict[str, str]) -> None:
+def _check_keys(file: Path, table: Mapping[str, Any], model: type[BaseModel], parents: tuple[str, ...], sources: dict[str, str]) -> None:
     """InputError for the first unknown key, in this table or those in it, with the nearest known one."""
     for key, value in table.items():
         dotted = ".".join((*parents, key))
@@ -133,7 +136,7 @@ def _check_keys(file: Path, table: Mapping[str, Any], model: type[_Table], paren
             near = difflib.get_close_matches(key, model.model_fields, n=1)
             way_out = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(model.model_fields)}"
             raise InputError(f'{_source(file, dotted, sources)}: unknown key "{dotted}"; {way_out}')
-        tables: dict[str, type[_Table]] = {} if parents else {"cluster": ClusterConfig, "evaluation": EvaluationConfig}
+        tables: dict[str, type[BaseModel]] = {} if parents else {"cluster": ClusterConfig, "evaluation": EvaluationConfig}
         inner = tables.get(key)
         if inner is not None and isinstance(value, dict):
             _check_keys(file, value, inner, (key,), sources)

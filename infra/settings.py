@@ -21,6 +21,8 @@ class Settings(BaseSettings):
     """Whether an expected error is told with its traceback (TDA_TRACEBACK=1)."""
     connect_timeout: float = Field(default=10.0, gt=0.0)
     """Seconds until a silent S3 endpoint or scheduler counts as unreachable (TDA_CONNECT_TIMEOUT)."""
+    worker_timeout: float = Field(default=600.0, gt=0.0)
+    """Seconds until workers that Slurm, Kubernetes or ssh were asked for have to be there (TDA_WORKER_TIMEOUT)."""
 
 
 def quiet_prefect() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -15,7 +14,7 @@ from tda.attributed import Attributed
 from tda.data import Batching, Budget, length, lengths_of
 from tda.errors import InputError
 from tda.modules import inspect
-from tda.problem import Problem, Split, import_problem, load_problem, problem_digest
+from tda.problem import Problem, Split, load_problem, problem_digest
 
 #: Checkpoints that a worker keeps open: methods that unroll the training score against several in one shard, those of three such
 #: methods with their defaults among them.
@@ -122,17 +121,6 @@ def open_problem(subject: Subject) -> Problem:
 def forget() -> None:
     """Close what is open: the same names may mean something else by now."""
     _family.cache_clear()
-
-
-def warm(subject: Subject) -> None:
-    """Import everything ahead of the first shard. What fails here is told by the shard that needs it.
-
-    Nothing is opened: the weights may not be there yet, and a model opened without them would be held beside the right one.
-    """
-    import tasks.scores  # noqa: F401  (and with it all that shards use)
-
-    with suppress(Exception):
-        import_problem(subject.problem)
 
 
 def read_checkpoint(url: str) -> dict[str, torch.Tensor]:

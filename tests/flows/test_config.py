@@ -86,7 +86,11 @@ def test_overrides_win_over_the_file_and_reach_into_tables(tmp_path: Path) -> No
         ("modules = []", "", "digits.toml: modules must not be empty, got []"),
         ("cluster = 3", "", "digits.toml: cluster must be a table, got 3"),
         ('store = "gs://bucket"', "", "digits.toml: store URL 'gs://bucket' has the scheme 'gs'"),
-        ("", '[cluster]\nkind = "slurm"', 'digits.toml: cluster.kind must be "local" or "address", got "slurm"'),
+        (
+            "",
+            '[cluster]\nkind = "slrm"',
+            '"slurm", "kubernetes" or "ssh", got "slrm"; did you mean "slurm"?',
+        ),
         ("", '[cluster]\nkind = "address"', 'digits.toml: cluster.kind = "address" needs cluster.address'),
         ("", '[cluster]\naddress = "tcp://h:1"', 'digits.toml: cluster.address = "tcp://h:1" is used only with cluster.kind = "address"'),
         ("", '[cluster]\nmemory_limit = "much"', "digits.toml: cluster.memory_limit must be a number of bytes or a text"),

@@ -1,0 +1,249 @@
+"""Clusters beyond this machine: a Dask scheduler that runs already, and workers that Slurm, Kubernetes or ssh start."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from infra.cluster_spec import ClusterError, ClusterSpec, Tls
+from infra.clusters_here import SCHEDULER, quiet_log
+from infra.settings import Settings
+from infra.shards import GPU
+from infra.workers import check_threads
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+#: As in a local cluster: the profiler can deadlock a worker.
+UNPROFILED = ("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED", "False")
+
+
+@contextmanager
+def address(spec: ClusterSpec) -> "Iterator[Client]":
+    """A client of the scheduler at `spec.address`.
+
+    Raises:
+        ClusterError: none answers, it has no workers, or they compute several shards in one process.
+    """
+    from distributed import Client
+
+    where, timeout = spec.address or "", Settings().connect_timeout
+    message = f"no Dask scheduler answers at {where!r} within {timeout:g} s; start one or correct cluster.address"
+    if not where:  # for Dask that means: start a cluster of your own
+        raise ClusterError(message)
+    try:
+        client = Client(where, timeout=timeout, set_as_default=False, security=_files(spec.tls))
+    except (OSError, ValueError, TypeError) as error:
+        raise ClusterError(f"{message}{_hint(where, spec.tls)}") from error
+    with client:
+        _wait(client, timeout, f"the Dask scheduler at {where!r} has no workers; start some (dask worker {where})")
+        check_threads(client)
+        yield client
+
+
+@contextmanager
+def slurm(spec: ClusterSpec) -> "Iterator[Client]":
+    """A client of workers in Slurm jobs, one each; the scheduler is this process.
+
+    Raises:
+        ClusterError: dask-jobqueue or Slurm's commands are missing, or no job started in time.
+    """
+    try:
+        from dask_jobqueue.slurm import SLURMCluster
+    except ImportError as error:
+        raise _missing("slurm", "dask-jobqueue") from error
+    from distributed import Client
+
+    assert spec.slurm is not None
+    folder = Path(spec.slurm.folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with quiet_log(), TemporaryDirectory(prefix=".tls-", dir=folder) as own:
+        tls = spec.tls or _temporary_files(Path(own))
+        try:
+            with (
+                SLURMCluster(n_workers=spec.workers, silence_logs=logging.CRITICAL, **slurm_options(spec, tls)) as cluster,
+                Client(cluster, set_as_default=False) as client,
+            ):
+                _wait(client, Settings().worker_timeout, "no Slurm job started its worker; `squeue` says where they wait")
+                yield client
+        except FileNotFoundError as error:
+            raise ClusterError(f'cluster.kind = "slurm": {error.filename} is not here; run tda where jobs are submitted') from error
+
+
+def slurm_options(spec: ClusterSpec, tls: Tls) -> dict[str, Any]:
+    """What SLURMCluster is told, but for the number of jobs."""
+    asked = spec.slurm
+    assert asked is not None
+    exports = [f"export {name}={value}" for name, value in (*spec.environment.items(), UNPROFILED)]
+    place = {"interface": asked.interface} if asked.interface else {"host": asked.host}
+    return {
+        "cores": 1,  # shards at a time; what Slurm gives a job is job_cpu
+        "processes": 1,
+        "job_cpu": spec.threads,
+        "memory": str(spec.memory_limit),
+        "queue": asked.queue,
+        "account": asked.account,
+        "walltime": asked.walltime,
+        "job_extra_directives": [*(["--gres=gpu:1"] if asked.gpus else []), *asked.directives],
+        "job_script_prologue": [*exports, *asked.prologue],
+        "interface": asked.interface,
+        "python": asked.python or sys.executable,
+        "log_directory": str(Path(asked.folder).expanduser()),
+        "worker_extra_args": ["--no-dashboard", *(["--resources", f"{GPU}=1"] if asked.gpus else [])],
+        "scheduler_options": SCHEDULER | place,
+        "protocol": "tls://",
+        "security": _files(tls),
+    }
+
+
+@contextmanager
+def kubernetes(spec: ClusterSpec) -> "Iterator[Client]":
+    """A client of a DaskCluster that the Dask operator runs.
+
+    Raises:
+        ClusterError: dask-kubernetes is missing, no Kubernetes answers, or no pod started in time.
+    """
+    try:
+        from dask_kubernetes.operator import KubeCluster
+    except ImportError as error:
+        raise _missing("kubernetes", "dask-kubernetes") from error
+    from distributed import Client
+
+    asked = spec.kubernetes
+    assert asked is not None
+    with quiet_log():
+        try:
+            opened = KubeCluster(namespace=asked.namespace, custom_cluster_spec=kubernetes_cluster(spec), quiet=True)
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ClusterError(f'cluster.kind = "kubernetes": {said}; check `kubectl get daskclusters -n {asked.namespace}`') from error
+        with opened as cluster, Client(cluster, set_as_default=False) as client:
+            _wait(client, Settings().worker_timeout, f"no worker pod started; `kubectl get pods -n {asked.namespace}` says why")
+            yield client
+
+
+def kubernetes_cluster(spec: ClusterSpec) -> dict[str, Any]:
+    """The DaskCluster resource."""
+    from dask.utils import parse_bytes
+    from dask_kubernetes.operator import make_cluster_spec
+
+    asked = spec.kubernetes
+    assert asked is not None
+    size = str(parse_bytes(spec.memory_limit))
+    command = ["dask", "worker", "--nthreads", "1", "--memory-limit", size, *(["--resources", f"{GPU}=1"] if asked.gpus else [])]
+    environment = dict([*spec.environment.items(), UNPROFILED])
+    found: dict[str, Any] = make_cluster_spec(
+        name=asked.name,
+        image=asked.image,
+        n_workers=spec.workers,
+        worker_command=command,
+        env=environment,
+    )
+    needs = {"cpu": str(spec.threads), "memory": size}
+    limits = {"memory": size} | ({"nvidia.com/gpu": "1"} if asked.gpus else {})
+    worker = found["spec"]["worker"]["spec"]
+    worker["containers"][0]["resources"] = {"requests": needs, "limits": limits}
+    worker["containers"][0]["envFrom"] = [{"secretRef": {"name": name}} for name in asked.secrets]
+    for pod in (worker, found["spec"]["scheduler"]["spec"]):
+        if asked.service_account:
+            pod["serviceAccountName"] = asked.service_account
+    return found
+
+
+@contextmanager
+def ssh(spec: ClusterSpec) -> "Iterator[Client]":
+    """A client of workers that ssh starts, `spec.workers` on each host, and of a scheduler on the first.
+
+    Raises:
+        ClusterError: asyncssh is missing, or a host does not let us in or does not start them.
+    """
+    try:
+        import asyncssh
+    except ImportError as error:
+        raise _missing("ssh", "asyncssh") from error
+    from distributed import Client, SSHCluster
+
+    with quiet_log(), _inherited(spec):
+        try:
+            opened = SSHCluster(security=_files(spec.tls), silence_logs=logging.CRITICAL, **ssh_options(spec))
+        except (asyncssh.Error, OSError, RuntimeError) as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            hosts = ", ".join(spec.ssh.hosts if spec.ssh else ())
+            raise ClusterError(
+                f'cluster.kind = "ssh": no cluster on {hosts} ({said}); try `ssh HOST` and cluster.ssh.python there'
+            ) from error
+        with opened as cluster, Client(cluster, set_as_default=False) as client:
+            _wait(client, Settings().worker_timeout, "no worker started on the hosts of cluster.ssh")
+            yield client
+
+
+def ssh_options(spec: ClusterSpec) -> dict[str, Any]:
+    """What SSHCluster is told."""
+    asked = spec.ssh
+    assert asked is not None
+    protocol = {"protocol": "tls://"} if spec.tls else {}
+    memory = {} if spec.memory_limit is None else {"memory_limit": spec.memory_limit}
+    return {
+        "hosts": [asked.hosts[0], *asked.hosts],
+        "remote_python": asked.python,
+        "scheduler_options": SCHEDULER | protocol | {"host": asked.address or asked.hosts[0], "port": 0},
+        "worker_options": {"n_workers": spec.workers, "nthreads": 1, "dashboard": False} | protocol | memory,
+    }
+
+
+@contextmanager
+def _inherited(spec: ClusterSpec) -> Iterator[None]:
+    """What processes that ssh starts take over from this one is Dask's configuration."""
+    import dask
+
+    told: dict[str, Any] = {"distributed.nanny.pre-spawn-environ": spec.environment, "distributed.worker.profile.enabled": False}
+    if spec.tls:
+        pair = {"cert": spec.tls.cert, "key": spec.tls.key}
+        told["distributed.comm.tls"] = {"ca-file": spec.tls.ca} | dict.fromkeys(("client", "scheduler", "worker"), pair)
+        told["distributed.comm.require-encryption"] = True
+    with dask.config.set(told):
+        yield
+
+
+def _files(tls: Tls | None) -> Any:
+    """The files as Dask takes them; None: what its configuration says."""
+    from distributed.security import Security
+
+    if tls is None:
+        return None
+    for key, file in tls.model_dump().items():
+        if not Path(file).is_file():
+            raise ClusterError(f"cluster.tls.{key} = {file!r} is no file here; give the path of a PEM file")
+    roles = ("client", "scheduler", "worker")
+    pairs = {f"tls_{role}_{part}": getattr(tls, part) for role in roles for part in ("cert", "key")}
+    return Security(require_encryption=True, tls_ca_file=tls.ca, **pairs)
+
+
+def _temporary_files(folder: Path) -> Tls:
+    """A pair for one cluster, where its jobs find it and nobody else may look."""
+    from distributed.security import Security
+
+    pair = Security.temporary()
+    for name, text in {"ca": pair.tls_ca_file, "cert": pair.tls_worker_cert, "key": pair.tls_worker_key}.items():
+        (folder / f"{name}.pem").write_text(text)
+    return Tls(**{name: str(folder / f"{name}.pem") for name in Tls.model_fields})
+
+
+def _hint(where: str, tls: Tls | None) -> str:
+    if where.startswith("tls:") and tls is None:
+        return ", and set [cluster.tls] ca, cert and key, or DASK_DISTRIBUTED__COMM__TLS__*"
+    return ", and check that the certificates in [cluster.tls] are of one authority" if tls else ""
+
+
+def _wait(client: "Client", timeout: float, message: str) -> None:
+    try:
+        client.wait_for_workers(1, timeout=timeout)
+    except TimeoutError as error:
+        raise ClusterError(message) from error
+
+
+def _missing(kind: str, package: str) -> ClusterError:
+    return ClusterError(f'cluster.kind = "{kind}" needs {package}, which is not installed; install the extra: pip install "tda[{kind}]"')

@@ -1,0 +1,30 @@
+"""What looks at a worker as it joins; sent to the scheduler, which hands it to every worker."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from distributed.diagnostics.plugin import WorkerPlugin
+
+from infra.workers import Standing, examined, said
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+
+class Gate(WorkerPlugin):  # type: ignore[misc]  # Dask ships no types
+    """Lets a worker in, or closes it: one that joins a run half way and is not as the others would spoil or fail its shards."""
+
+    def __init__(self, standing: Standing, here: Mapping[str, str]) -> None:
+        self.standing = standing
+        self.here = here
+
+    async def setup(self, worker: "Worker") -> None:
+        """Look at the worker; Dask calls this before it gives it anything."""
+        try:
+            wrong = examined(self.standing, self.here)
+        except Exception as error:  # noqa: BLE001  (whatever an import raises)
+            wrong = f"cannot start: {said(error)}"
+        if wrong:
+            worker.log_event("tda", {"refused": worker.address, "why": wrong})
+            # Not awaited: a worker that is being registered cannot close before it is.
+            worker.loop.add_callback(worker.close, nanny=True, reason=f"tda: {wrong}")
