@@ -190,7 +190,7 @@ def ssh_options(spec: ClusterSpec) -> dict[str, Any]:
         "hosts": [asked.hosts[0], *asked.hosts],
         "remote_python": asked.python,
         "scheduler_options": SCHEDULER | protocol | {"host": asked.address or asked.hosts[0], "port": 0},
-        "worker_options": {"n_workers": spec.workers, "nthreads": 1, "dashboard": False} | protocol | memory,
+        "worker_options": {"n_workers": spec.workers, "nthreads": 1, "dashboard": False, "env": spec.environment} | protocol | memory,
     }
 
 
@@ -199,10 +199,12 @@ def _inherited(spec: ClusterSpec) -> Iterator[None]:
     """What processes that ssh starts take over from this one is Dask's configuration."""
     import dask
 
+    # Before a worker is spawned, for what is read then; where a host sets the same, the workers' own `env` wins.
     told: dict[str, Any] = {"distributed.nanny.pre-spawn-environ": spec.environment, "distributed.worker.profile.enabled": False}
     if spec.tls:
-        pair = {"cert": spec.tls.cert, "key": spec.tls.key}
-        told["distributed.comm.tls"] = {"ca-file": spec.tls.ca} | dict.fromkeys(("client", "scheduler", "worker"), pair)
+        told["distributed.comm.tls.ca-file"] = spec.tls.ca
+        for role in ("client", "scheduler", "worker"):
+            told |= {f"distributed.comm.tls.{role}.cert": spec.tls.cert, f"distributed.comm.tls.{role}.key": spec.tls.key}
         told["distributed.comm.require-encryption"] = True
     with dask.config.set(told):
         yield

@@ -25,6 +25,6 @@ class Gate(WorkerPlugin):  # type: ignore[misc]  # Dask ships no types
         except Exception as error:  # noqa: BLE001  (whatever an import raises)
             wrong = f"cannot start: {said(error)}"
         if wrong:
-            worker.log_event("tda", {"refused": worker.address, "why": wrong})
+            worker.log_event("tda", {"refused": wrong})
             # Not awaited: a worker that is being registered cannot close before it is.
             worker.loop.add_callback(worker.close, nanny=True, reason=f"tda: {wrong}")

@@ -1,14 +1,11 @@
 """Clusters by configuration alone: what each kind starts, with which threads, memory and environment, and who is refused."""
 
-import asyncio
 import logging
 import os
-import signal
 import stat
+import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +137,7 @@ def test_a_worker_that_joins_later_and_differs_leaves_again_and_the_run_finishes
         client.sync(worker.finished)
         assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
         ((_, told),) = client.get_events("tda")
-        assert told == {"refused": worker.address, "why": "has problem x with digest other where this process has same"}
+        assert told == {"worker": worker.address, "refused": "has problem x with digest other where this process has same"}
         welcome = client.sync(_joined, elsewhere.scheduler_address, "same")
         assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
         client.sync(welcome.close)
@@ -275,47 +272,26 @@ def test_ssh_starts_a_scheduler_on_the_first_host_and_workers_on_all(tls: Tls) -
 
 @pytest.fixture
 def ssh_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A server that lets one key in and runs what it is told in a shell; the client's side is in ~/.ssh, as a user's is."""
+    """The client's side is in ~/.ssh, as a user's is."""
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True, mode=0o700)
     key, host_key = asyncssh.generate_private_key("ssh-ed25519"), asyncssh.generate_private_key("ssh-ed25519")
     key.write_private_key(home / ".ssh" / "id_ed25519")
     key.write_public_key(home / "authorized")
-
-    async def shell(process: asyncssh.SSHServerProcess[bytes]) -> None:
-        running = await asyncio.create_subprocess_shell(str(process.command), stdin=-1, stdout=-1, stderr=-1, start_new_session=True)
-        await process.redirect(stdin=running.stdin, stdout=running.stdout, stderr=running.stderr)
-        try:
-            process.exit(await running.wait())
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(running.pid, signal.SIGTERM)
-
-    loop = asyncio.new_event_loop()
-    options: dict[str, Any] = {"server_host_keys": [host_key], "process_factory": shell, "encoding": None}
-    listening = asyncssh.listen("127.0.0.1", 0, authorized_client_keys=str(home / "authorized"), **options)
-    server = loop.run_until_complete(listening)
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    port = server.get_port()
-    (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key.export_public_key().decode()}")
-    (home / ".ssh" / "config").write_text(f"Host *\n  Port {port}\n  User tda\n  IdentityFile {home}/.ssh/id_ed25519\n")
-    monkeypatch.setenv("HOME", str(home))
-    yield
-
-    async def close() -> None:
-        server.close()
-        await server.wait_closed()
-
-    asyncio.run_coroutine_threadsafe(close(), loop).result(20)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    host_key.write_private_key(home / "host_key")
+    command = [sys.executable, Path(__file__).parents[1] / "ssh_server.py", home / "host_key", home / "authorized"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key.export_public_key().decode()}")
+        (home / ".ssh" / "config").write_text(f"Host *\n  Port {port}\n  User tda\n  IdentityFile {home}/.ssh/id_ed25519\n")
+        monkeypatch.setenv("HOME", str(home))
+        yield
+        server.terminate()
 
 
 def test_hosts_reached_by_ssh_compute_shards(ssh_server: None, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     spec = ClusterSpec(kind="ssh", workers=1, threads=3, memory_limit="1GiB", ssh=Ssh(hosts=("127.0.0.1",)), tls=tls)
     with open_cluster(spec, same) as client:
         assert client.scheduler.address.startswith("tls://127.0.0.1:")

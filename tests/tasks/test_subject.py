@@ -29,14 +29,6 @@ def test_a_worker_with_another_source_than_the_plans_refuses(tiny: Subject, tmp_
         open_subject(planned)
 
 
-def test_warming_imports_and_opens_nothing(tiny: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "tiny.py").write_text(PROBLEM.replace("def model(self):", "def model(self):\n        print('opened')"))
-    forget()
-    subject.warm(tiny)
-    assert capsys.readouterr().out == ""
-    subject.warm(replace(tiny, problem="no.such:Problem"))
-
-
 def test_a_process_holds_one_problem_and_a_few_of_its_checkpoints(tiny: Subject) -> None:
     first = weakref.ref(open_subject(tiny).attributed.problem)
     many = [weakref.ref(open_subject(replace(tiny, exclude=("0",) * n)).attributed.model) for n in range(1, 22)]
