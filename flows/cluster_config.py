@@ -68,9 +68,7 @@ class ClusterConfig(BaseModel):
     def _files_are_absolute(cls, tls: Tls | None) -> Tls | None:
         for key, file in tls.model_dump().items() if tls else ():
             if not Path(file).is_absolute():
-                raise ValueError(
-                    f"cluster.tls.{key} must be an absolute path, the same for every process of the cluster, got {shown(file)}"
-                )
+                raise ValueError(f"cluster.tls.{key} must be an absolute path, the same on every host, got {shown(file)}")
         return tls
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from infra import clusters_here, clusters_there
 from infra.cluster_spec import ClusterError, ClusterSpec
 from infra.shards import ShardFailed, run_shards
-from infra.workers import Standing, admit, exit_quickly
+from infra.workers import Standing, admitted, exit_quickly
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +39,5 @@ def open_cluster(spec: ClusterSpec, standing: Standing | None = None) -> "Iterat
         ClusterError: no scheduler answers, there are no workers, one of them is not as this process is, or what starts workers of this
             kind is not installed.
     """
-    with _OPENED[spec.kind](spec) as client:
-        admit(client, standing)
+    with _OPENED[spec.kind](spec) as client, admitted(client, standing):
         yield client

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
+from infra.certificates import files
 from infra.cluster_spec import ClusterError, ClusterSpec
 from infra.shards import GPU
 
@@ -44,7 +45,7 @@ def local(spec: ClusterSpec) -> "Iterator[Client]":
                 memory_limit=spec.memory_limit or "auto",
                 silence_logs=logging.CRITICAL,
                 protocol="tls://",
-                security=_temporary(),
+                security=_security(spec),
             ) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
@@ -65,7 +66,7 @@ def cuda(spec: ClusterSpec) -> "Iterator[Client]":
     with _quietly(spec) as listening:
         from distributed import Client, Scheduler, SpecCluster
 
-        security = _temporary()
+        security = _security(spec)
         scheduler = {"cls": Scheduler, "options": SCHEDULER | {"host": HOST, "port": 0, "protocol": "tls://", "security": security}}
         workers = cuda_workers(spec, devices, security)
         with (
@@ -107,11 +108,11 @@ def visible_devices() -> list[str]:
     return (named or [str(i) for i in range(count)])[:count]
 
 
-def _temporary() -> Any:
-    """Certificates in memory alone, so that other users of this machine cannot send tasks to the workers."""
+def _security(spec: ClusterSpec) -> Any:
+    """Certificates in memory alone, so that other users of this machine cannot send tasks to the workers; or those of `spec.tls`."""
     from distributed.security import Security
 
-    return Security.temporary()
+    return files(spec.tls) or Security.temporary()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from infra.certificates import files, temporary_files
 from infra.cluster_spec import ClusterError, ClusterSpec, Tls
 from infra.clusters_here import SCHEDULER, quiet_log
 from infra.settings import Settings
@@ -35,7 +36,7 @@ def address(spec: ClusterSpec) -> "Iterator[Client]":
     if not where:  # for Dask that means: start a cluster of your own
         raise ClusterError(message)
     try:
-        client = Client(where, timeout=timeout, set_as_default=False, security=_files(spec.tls))
+        client = Client(where, timeout=timeout, set_as_default=False, security=files(spec.tls))
     except (OSError, ValueError, TypeError) as error:
         raise ClusterError(f"{message}{_hint(where, spec.tls)}") from error
     with client:
@@ -61,7 +62,7 @@ def slurm(spec: ClusterSpec) -> "Iterator[Client]":
     folder = Path(spec.slurm.folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with quiet_log(), TemporaryDirectory(prefix=".tls-", dir=folder) as own:
-        tls = spec.tls or _temporary_files(Path(own))
+        tls = spec.tls or temporary_files(Path(own))
         try:
             with (
                 SLURMCluster(n_workers=spec.workers, silence_logs=logging.CRITICAL, **slurm_options(spec, tls)) as cluster,
@@ -95,7 +96,7 @@ def slurm_options(spec: ClusterSpec, tls: Tls) -> dict[str, Any]:
         "worker_extra_args": ["--no-dashboard", *(["--resources", f"{GPU}=1"] if asked.gpus else [])],
         "scheduler_options": SCHEDULER | place,
         "protocol": "tls://",
-        "security": _files(tls),
+        "security": files(tls),
     }
 
 
@@ -168,7 +169,7 @@ def ssh(spec: ClusterSpec) -> "Iterator[Client]":
 
     with quiet_log(), _inherited(spec):
         try:
-            opened = SSHCluster(security=_files(spec.tls), silence_logs=logging.CRITICAL, **ssh_options(spec))
+            opened = SSHCluster(security=files(spec.tls), silence_logs=logging.CRITICAL, **ssh_options(spec))
         except (asyncssh.Error, OSError, RuntimeError) as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())
             hosts = ", ".join(spec.ssh.hosts if spec.ssh else ())
@@ -208,30 +209,6 @@ def _inherited(spec: ClusterSpec) -> Iterator[None]:
         told["distributed.comm.require-encryption"] = True
     with dask.config.set(told):
         yield
-
-
-def _files(tls: Tls | None) -> Any:
-    """The files as Dask takes them; None: what its configuration says."""
-    from distributed.security import Security
-
-    if tls is None:
-        return None
-    for key, file in tls.model_dump().items():
-        if not Path(file).is_file():
-            raise ClusterError(f"cluster.tls.{key} = {file!r} is no file here; give the path of a PEM file")
-    roles = ("client", "scheduler", "worker")
-    pairs = {f"tls_{role}_{part}": getattr(tls, part) for role in roles for part in ("cert", "key")}
-    return Security(require_encryption=True, tls_ca_file=tls.ca, **pairs)
-
-
-def _temporary_files(folder: Path) -> Tls:
-    """A pair for one cluster, where its jobs find it and nobody else may look."""
-    from distributed.security import Security
-
-    pair = Security.temporary()
-    for name, text in {"ca": pair.tls_ca_file, "cert": pair.tls_worker_cert, "key": pair.tls_worker_key}.items():
-        (folder / f"{name}.pem").write_text(text)
-    return Tls(**{name: str(folder / f"{name}.pem") for name in Tls.model_fields})
 
 
 def _hint(where: str, tls: Tls | None) -> str:

@@ -4,17 +4,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from distributed.diagnostics.plugin import WorkerPlugin
+from distributed.protocol.pickle import dumps
 
 from infra.workers import Standing, examined, said
 
 if TYPE_CHECKING:
-    from distributed import Worker
+    from distributed import Scheduler, Worker
 
 
 class Gate(WorkerPlugin):  # type: ignore[misc]  # Dask ships no types
-    """Lets a worker in, or closes it: one that joins a run half way and is not as the others would spoil or fail its shards."""
+    """Lets a worker in, or closes it: one that joins a run half way and is not as the others would spoil or fail its shards.
 
-    def __init__(self, standing: Standing, here: Mapping[str, str]) -> None:
+    client: the run's. Where a run was killed, its gate stands on in a scheduler that goes on; it is passed by.
+    """
+
+    def __init__(self, client: str, standing: Standing, here: Mapping[str, str]) -> None:
+        self.client = client
         self.standing = standing
         self.here = here
 
@@ -24,7 +29,11 @@ class Gate(WorkerPlugin):  # type: ignore[misc]  # Dask ships no types
             wrong = examined(self.standing, self.here)
         except Exception as error:  # noqa: BLE001  (whatever an import raises)
             wrong = f"cannot start: {said(error)}"
-        if wrong:
+        if wrong and self.client in await worker.scheduler.run_function(function=dumps(_clients)):
             worker.log_event("tda", {"refused": wrong})
             # Not awaited: a worker that is being registered cannot close before it is.
             worker.loop.add_callback(worker.close, nanny=True, reason=f"tda: {wrong}")
+
+
+def _clients(dask_scheduler: "Scheduler") -> list[str]:
+    return list(dask_scheduler.clients)

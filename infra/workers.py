@@ -4,7 +4,8 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from infra.cluster_spec import ClusterError
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 Standing = Callable[[], Mapping[str, str]]
 
 
-def admit(client: "Client", standing: Standing | None) -> None:
-    """Look at every worker of a cluster, and let those that join later be looked at as they do.
+@contextmanager
+def admitted(client: "Client", standing: Standing | None) -> Iterator[None]:
+    """Look at every worker of a cluster, and let those that join during the block be looked at as they do.
 
     Raises:
         ClusterError: a worker cannot import what it needs, or has another version of it.
@@ -26,6 +28,7 @@ def admit(client: "Client", standing: Standing | None) -> None:
 
     if standing is None:
         client.run(exit_quickly, on_error="return")
+        yield
         return
     here = dict(standing())
     for worker, found in sorted(client.run(examined, standing, here, on_error="return").items()):
@@ -33,7 +36,13 @@ def admit(client: "Client", standing: Standing | None) -> None:
             raise ClusterError(f"worker {worker} cannot start: {said(found)}; install the same there as here")
         if found:
             raise ClusterError(f"worker {worker} {found}; make them the same, and start the run again")
-    client.register_plugin(Gate(standing, here), name="tda")
+    gate = f"tda-{client.id}"
+    client.register_plugin(Gate(client.id, standing, here), name=gate)
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # where the scheduler is gone, so is its gate
+            client.unregister_worker_plugin(gate)
 
 
 def check_threads(client: "Client") -> None:

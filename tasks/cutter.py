@@ -32,6 +32,7 @@ from tda.methods import Method
 from tda.methods.work import Fit
 from tda.problem import load_problem
 from tda.projection import Projection
+from tda.shapes import Shapes
 from tda.trajectory import Segment, average
 
 FitJob = FactorJob | DenseJob | ProjectionJob | RetrainJob | SampleJob
@@ -92,7 +93,7 @@ class Sizes:
     scoring_tokens: int | None = None
 
 
-def sized(request: Request, inputs: Inputs, attributed: Attributed, ranks: Sequence[int | None]) -> Sizes:
+def sized(request: Request, inputs: Inputs, attributed: Attributed | Shapes, ranks: Sequence[int | None]) -> Sizes:
     """What the request says, else from the shapes. ranks: of the directions of a query that are scored at a time, None being in full.
 
     Of the sizes, queries are scored at a time, and block(vectors) are held at a time, so many vectors being held for each: those of the
@@ -110,7 +111,7 @@ def sized(request: Request, inputs: Inputs, attributed: Attributed, ranks: Seque
     queries = chunks(ranks)
     scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries, ranks, itemsize=itemsize)
     shard = request.shard_size or sizes.shard_size(inputs.examples)
-    lengths = None if request.batch_size else lengths_of(attributed.problem, "train", inputs.examples)
+    lengths = None if request.batch_size or isinstance(attributed, Shapes) else lengths_of(attributed.problem, "train", inputs.examples)
     tokens = scored = None
     if lengths is not None:
         # The blocks are those of the first two examples, padded to the longer one.

@@ -44,9 +44,7 @@ def inspect(
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f'the model is {str(dtype).removeprefix("torch.")}, too coarse for gradients; set dtype = "float32" in the config')
     parameters = dict(model.named_parameters())
-    groups = problem.groups(model)
-    modules, exclude = ([name for pattern in each for name in groups.get(pattern, (pattern,))] for each in (modules, exclude))
-    chosen, skipped = _select(parameters, modules, exclude)
+    chosen, skipped = _chosen(problem, model, modules, exclude)
     n = len(dataset)
     # The third example is the first again, so that padding to the longest of a batch changes no other axis.
     pair, triple = (load_batch(problem, dataset, [i % n for i in ids], dtype=dtype) for ids in ((0, 1), (0, 1, 0)))
@@ -64,6 +62,17 @@ def inspect(
     total = sum(p.numel() for p in parameters.values())
     attributed = Attributed(problem, model, tuple(blocks), layouts, tuple(skipped), total, dtype, few.outputs // 2)
     return _verified(attributed, pair)
+
+
+def chosen_parameters(problem: Problem, model: nn.Module, *, modules: Sequence[str], exclude: Sequence[str]) -> dict[str, Tensor]:
+    """The parameters that `inspect` would look at, by name; the model may be one without weights."""
+    return _chosen(problem, model, modules, exclude)[0]
+
+
+def _chosen(problem: Problem, model: nn.Module, modules: Sequence[str], exclude: Sequence[str]) -> tuple[dict[str, Tensor], list[Skipped]]:
+    groups = problem.groups(model)
+    modules, exclude = ([name for pattern in each for name in groups.get(pattern, (pattern,))] for each in (modules, exclude))
+    return _select(dict(model.named_parameters()), modules, exclude)
 
 
 def _select(parameters: Mapping[str, Tensor], modules: Sequence[str], exclude: Sequence[str]) -> tuple[dict[str, Tensor], list[Skipped]]:

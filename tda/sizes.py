@@ -23,13 +23,18 @@ def batch_size(blocks: Sequence[Block], outputs: int, *, itemsize: int) -> int:
     Measured with and without convolutions: a row costs about 1.5 times itself; a convolution's patches twice, its output six times; the
     model's `outputs` are held about four times in float64.
     """
-    fitting = BATCH_BYTES // max(int(itemsize * sum(map(_held, blocks)) + 32 * outputs), 1)
+    fitting = BATCH_BYTES // max(example_bytes(blocks, outputs, itemsize=itemsize), 1)
     return 1 << max(0, min(10, int(math.log2(max(fitting, 1)))))
 
 
 def batch_tokens(blocks: Sequence[Block], outputs: int, seen: int, *, itemsize: int) -> int:
     """Tokens per forward pass of sequences: as many as fit BATCH_BYTES. blocks and outputs are those of examples of `seen` tokens."""
-    return max(1, BATCH_BYTES * seen // max(int(itemsize * sum(map(_held, blocks)) + 32 * outputs), 1))
+    return max(1, BATCH_BYTES * seen // max(example_bytes(blocks, outputs, itemsize=itemsize), 1))
+
+
+def example_bytes(blocks: Sequence[Block], outputs: int, *, itemsize: int) -> int:
+    """What one example of a batch takes while it is computed."""
+    return int(itemsize * sum(map(_held, blocks)) + 32 * outputs)
 
 
 def _held(block: Block) -> float:

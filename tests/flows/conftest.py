@@ -6,8 +6,10 @@ import pytest
 from distributed import Client
 
 from infra.cluster import ClusterSpec, open_cluster
+from infra.cluster_spec import Tls
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
+from tests.certificates import certificates
 
 
 @pytest.fixture(scope="session")
@@ -26,18 +28,25 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cluster(prefect_api: None) -> Iterator[str]:
-    """Two workers that stay; the override that makes a run use them."""
-    with open_cluster(ClusterSpec(workers=2)) as client:
-        yield _override(client)
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    """Certificates by which runs and workers know each other."""
+    return certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="session")
-def single(prefect_api: None) -> Iterator[str]:
+def cluster(prefect_api: None, tls: Tls) -> Iterator[str]:
+    """Two workers that stay; the override that makes a run use them."""
+    with open_cluster(ClusterSpec(workers=2, tls=tls)) as client:
+        yield _override(client, tls)
+
+
+@pytest.fixture(scope="session")
+def single(prefect_api: None, tls: Tls) -> Iterator[str]:
     """One worker that stays; the override that makes a run use it."""
-    with open_cluster(ClusterSpec(workers=1)) as client:
-        yield _override(client)
+    with open_cluster(ClusterSpec(workers=1, tls=tls)) as client:
+        yield _override(client, tls)
 
 
-def _override(client: Client) -> str:
-    return f'cluster={{kind="address", address="{client.scheduler.address}"}}'
+def _override(client: Client, tls: Tls) -> str:
+    files = f'{{ca="{tls.ca}", cert="{tls.cert}", key="{tls.key}"}}'
+    return f'cluster={{kind="address", address="{client.scheduler.address}", tls={files}}}'

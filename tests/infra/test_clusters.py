@@ -16,6 +16,7 @@ from distributed import Client, LocalCluster, Worker
 from distributed.security import Security
 
 from infra import clusters_here, clusters_there
+from infra.certificates import files
 from infra.cluster import ClusterError, ClusterSpec, open_cluster, run_shards
 from infra.cluster_spec import Kubernetes, Slurm, Ssh, Tls
 from tests.certificates import certificates
@@ -28,11 +29,6 @@ SIZES: dict[str, Any] = {"workers": 3, "threads": 4, "memory_limit": "8GiB"}
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
     return certificates(tmp_path_factory.mktemp("certificates"))
-
-
-def security(tls: Tls) -> Security:
-    found: Security = clusters_there._files(tls)
-    return found
 
 
 def seen(_: int) -> dict[str, str]:
@@ -68,7 +64,7 @@ def test_nothing_of_a_local_cluster_listens_beyond_this_machine_or_speaks_withou
 
 def test_a_running_scheduler_is_reached_by_tls_with_files_and_not_without(tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDA_CONNECT_TIMEOUT", "2")
-    with LocalCluster(**ELSEWHERE | {"n_workers": 1, "protocol": "tls://", "security": security(tls)}) as elsewhere:
+    with LocalCluster(**ELSEWHERE | {"n_workers": 1, "protocol": "tls://", "security": files(tls)}) as elsewhere:
         where = elsewhere.scheduler_address
         with open_cluster(ClusterSpec(kind="address", address=where, tls=tls)) as client:
             assert run_shards(client, abs, [-3], stage="absolute") == [3]
