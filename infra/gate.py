@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.protocol.pickle import dumps
 
-from infra.workers import Standing, examined, said
+from infra.workers import Standing, looked_at, said
 
 if TYPE_CHECKING:
     from distributed import Scheduler, Worker
@@ -26,7 +26,7 @@ class Gate(WorkerPlugin):  # type: ignore[misc]  # Dask ships no types
     async def setup(self, worker: "Worker") -> None:
         """Look at the worker; Dask calls this before it gives it anything."""
         try:
-            wrong = examined(self.standing, self.here)
+            wrong = await looked_at(self.standing, self.here)
         except Exception as error:  # noqa: BLE001  (whatever an import raises)
             wrong = f"cannot start: {said(error)}"
         if wrong and self.client in await worker.scheduler.run_function(function=dumps(_clients)):

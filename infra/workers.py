@@ -1,5 +1,6 @@
 """Workers are looked at before they are given anything: what runs there has to be what runs here."""
 
+import asyncio
 import atexit
 import gc
 import os
@@ -31,7 +32,7 @@ def admitted(client: "Client", standing: Standing | None) -> Iterator[None]:
         yield
         return
     here = dict(standing())
-    for worker, found in sorted(client.run(examined, standing, here, on_error="return").items()):
+    for worker, found in sorted(client.run(looked_at, standing, here, on_error="return").items()):
         if isinstance(found, BaseException):
             raise ClusterError(f"worker {worker} cannot start: {said(found)}; install the same there as here")
         if found:
@@ -68,6 +69,11 @@ def check_threads(client: "Client") -> None:
 def exit_quickly() -> None:
     """Let this process end without a last garbage collection, which takes seconds once torch and its like are imported."""
     atexit.register(gc.freeze)
+
+
+async def looked_at(standing: Standing, here: Mapping[str, str]) -> str:
+    """The same as `examined`, in a thread, since imports take seconds: a worker that is silent for long is given up."""
+    return await asyncio.to_thread(examined, standing, here)
 
 
 def examined(standing: Standing, here: Mapping[str, str]) -> str:

@@ -123,7 +123,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     plan = {stage.name: stage for stage in project(work)}
     ids = range(work.examples)
     # torch does not count products that are added in place.
-    in_place = {torch.ops.aten.addmm_: lambda total, a, b, *_, **__: 2 * a[0] * a[1] * b[1]}
+    in_place = {torch.ops.aten.addmm_: lambda _total, a, b, *_, **__: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         covariance_sums(attributed, train, ids, fisher="exact", seed=0, batch_size=work.batch)
     assert plan["covariances (exact)"].flops == pytest.approx(counter.get_total_flops(), rel=0.3)

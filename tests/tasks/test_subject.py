@@ -29,6 +29,15 @@ def test_a_worker_with_another_source_than_the_plans_refuses(tiny: Subject, tmp_
         open_subject(planned)
 
 
+def test_a_process_makes_a_model_once_however_many_shards_ask_for_it(
+    tiny: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.py").write_text(PROBLEM.replace("def model(self):", "def model(self):\n        print('made')"))
+    forget()
+    assert len({id(open_subject(tiny)) for _ in range(5)}) == 1
+    assert capsys.readouterr().out == "made\n"
+
+
 def test_a_process_holds_one_problem_and_a_few_of_its_checkpoints(tiny: Subject) -> None:
     first = weakref.ref(open_subject(tiny).attributed.problem)
     many = [weakref.ref(open_subject(replace(tiny, exclude=("0",) * n)).attributed.model) for n in range(1, 22)]
