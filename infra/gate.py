@@ -29,10 +29,18 @@ class Gate(WorkerPlugin):  # type: ignore[misc]  # Dask ships no types
             wrong = await looked_at(self.standing, self.here)
         except Exception as error:  # noqa: BLE001  (whatever an import raises)
             wrong = f"cannot start: {said(error)}"
-        if wrong and self.client in await worker.scheduler.run_function(function=dumps(_clients)):
+        if wrong and await self._run_goes_on(worker):
             worker.log_event("tda", {"refused": wrong})
-            # Not awaited: a worker that is being registered cannot close before it is.
-            worker.loop.add_callback(worker.close, nanny=True, reason=f"tda: {wrong}")
+            worker.loop.add_callback(_leave, worker, wrong)
+
+    async def _run_goes_on(self, worker: "Worker") -> bool:
+        answer = await worker.scheduler.run_function(function=dumps(_clients))
+        return self.client in answer["result"]
+
+
+async def _leave(worker: "Worker", wrong: str) -> None:
+    await worker  # one that is still starting cannot close
+    await worker.close(nanny=True, reason=f"tda: {wrong}")
 
 
 def _clients(dask_scheduler: "Scheduler") -> list[str]:

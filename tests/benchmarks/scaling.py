@@ -114,7 +114,8 @@ def simulate(options: argparse.Namespace) -> None:
             wall, spent = time.perf_counter() - started, sum(process.cpu_times()[:2]) - before
             highest = max(highest, process.memory_info().rss)
         ideal = sum(drawn) / (each * options.processes)
-        print(f"{options.workers} workers, {options.shards} shards of {sum(times) / len(times):.3g} s, window {shards.WINDOW}")
+        window = max(shards.WINDOW, shards.WINDOW_PER_WORKER * options.workers)
+        print(f"{options.workers} workers, {options.shards} shards of {sum(times) / len(times):.3g} s, window {window}")
         print(f"wall       {wall:.1f} s, of which {ideal:.1f} s are the shards' own ({ideal / wall:.0%} of the workers' time is used)")
         print(
             f"scheduler  {spent / options.shards * 1e3:.2f} ms of processor a shard; it saturates at {options.shards / spent:.0f} shards/s"

@@ -19,6 +19,7 @@ from infra import clusters_here, clusters_there
 from infra.certificates import files
 from infra.cluster import ClusterError, ClusterSpec, open_cluster, run_shards
 from infra.cluster_spec import Kubernetes, Slurm, Ssh, Tls
+from infra.gate import Gate
 from tests.certificates import certificates
 
 ELSEWHERE: dict[str, Any] = {"processes": False, "host": "127.0.0.1", "protocol": "tcp://", "threads_per_worker": 1}
@@ -130,13 +131,21 @@ def test_a_worker_that_joins_later_and_differs_leaves_again_and_the_run_finishes
     ):
         worker = client.sync(_joined, elsewhere.scheduler_address, "other")
         assert run_shards(client, abs, range(-20, 0), stage="absolute") == list(range(20, 0, -1))
-        client.sync(worker.finished)
+        client.sync(worker.finished, callback_timeout=30)
         assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
         ((_, told),) = client.get_events("tda")
         assert told == {"worker": worker.address, "refused": "has problem x with digest other where this process has same"}
         welcome = client.sync(_joined, elsewhere.scheduler_address, "same")
         assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
         client.sync(welcome.close)
+
+
+def test_the_gate_of_a_run_that_was_killed_lets_everyone_in() -> None:
+    with LocalCluster(n_workers=1, **ELSEWHERE) as elsewhere, Client(elsewhere, set_as_default=False) as client:
+        client.register_plugin(Gate("Client-gone", standing, same()))
+        worker = client.sync(_joined, elsewhere.scheduler_address, "other")
+        assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
+        client.sync(worker.close)
 
 
 @pytest.mark.parametrize(
