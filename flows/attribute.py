@@ -64,9 +64,13 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
     request = request_of(config)
     with embedded_api() as api:
         inputs = examine(request)
-        with cluster_for(request, config.cluster.spec()) as client, api.used():
-            with given(Prepared(started, inputs, client)), failures.told(request.store, command):
-                return attribute(config.model_dump(mode="json"))
+        with (
+            cluster_for(request, config.cluster.spec()) as client,
+            api.used(),
+            given(Prepared(started, inputs, client)),
+            failures.told(request.store, command),
+        ):
+            return attribute(config.model_dump(mode="json"))
 
 
 def cluster_for(request: prepare.Request, cluster: ClusterSpec) -> AbstractContextManager[Client]:

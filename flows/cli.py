@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.exceptions import TyperException
 
-from flows import command_nightly, command_prune
+from flows import command_nightly, command_plan, command_prune
 from flows.arguments import DEFAULT_STORE, Config, OtherStore, Overrides, RunId, Store, readable, same
 from flows.command_verify import verify
 from flows.secrets import masked
-from flows.command_plan import plan
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -257,7 +256,7 @@ def doctor(store: Store = DEFAULT_STORE) -> int:
 app.command()(command_nightly.nightly)
 app.command()(command_prune.prune)
 app.command()(verify)
-app.command()(plan)
+app.command()(command_plan.plan)
 
 
 def _print_summary(summary: "RunSummary") -> None:

@@ -12,11 +12,11 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from pydantic_core import ErrorDetails
 
 from flows import secrets
-from flows.config_candidates import CandidatesConfig
-from flows.tracing_options import TracingOptions
 from flows.cluster_config import ClusterConfig
+from flows.config_candidates import CandidatesConfig
 from flows.config_table import STRICT, Count, Text
 from flows.config_table import shown as _shown
+from flows.tracing_options import TracingOptions
 from tda.errors import InputError
 
 PLAIN_WORDS = {  # what pydantic calls "Input should be a valid ..."

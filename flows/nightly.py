@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from flows.newest import is_floating, pinned
-from infra.cluster import ShardFailed, open_cluster
+from infra.cluster import ShardFailed
 from infra.settings import quiet_prefect
 from tasks import chain, layout, plan, prepare
 from tda import location
@@ -24,7 +24,7 @@ quiet_prefect()
 from prefect import State, flow, get_run_logger  # noqa: E402  (its settings are read at import)
 from prefect.states import Completed  # noqa: E402
 
-from flows import attribute, nightly_told, stages  # noqa: E402
+from flows import attribute, nightly_told  # noqa: E402
 from flows.attribute import RunFailed, RunSummary  # noqa: E402
 from flows.progress import FOLLOWER  # noqa: E402
 
@@ -87,10 +87,8 @@ def _is_trained(request: prepare.Request, inputs: prepare.Inputs) -> bool:
 def _attributed(config: RunConfig, request: prepare.Request, inputs: prepare.Inputs, started: float) -> RunSummary:
     """The run itself, as a flow below this one."""
     try:
-        with _followed() as follower, open_cluster(config.cluster.spec()) as client:
-            warming = stages.warm(client, request)
+        with _followed() as follower, attribute.cluster_for(request, config.cluster.spec()) as client:
             with attribute.given(attribute.Prepared(started, inputs, client)):
-                del warming
                 done = attribute.attribute(config.model_dump(mode="json"))
             follower.finish(done.run_id)
             return done

@@ -44,7 +44,7 @@ def write_checkpoint(config: Path, step: int, at: float) -> Path:
     return file
 
 
-def refused(_spec: object) -> None:
+def refused(*_: object) -> None:
     pytest.fail("a cluster was started for nothing")
 
 
@@ -116,7 +116,7 @@ def test_a_firing_computes_what_is_new_and_nothing_else(
     assert tda.open_run(str(store)).manifest["config"]["checkpoint"].endswith("step-1.safetensors")
 
     with monkeypatch.context() as patch:
-        patch.setattr(flow, "open_cluster", refused)
+        patch.setattr(flow.attribute, "cluster_for", refused)
         write_checkpoint(config, 0, at=500)  # written before the one that was attributed
         again = fire(config, store, cluster)
     assert (again.type.value, again.name) == ("COMPLETED", flow.UNCHANGED)
@@ -147,7 +147,7 @@ def test_without_a_checkpoint_the_second_firing_finds_the_trained_model_and_does
 ) -> None:
     config.write_text(config.read_text().replace('checkpoint = "ckpt/step-*.safetensors"', "ensemble = 2"))
     assert fire(config, tmp_path / "store", cluster).name == "Completed"
-    monkeypatch.setattr(flow, "open_cluster", refused)
+    monkeypatch.setattr(flow.attribute, "cluster_for", refused)
     assert fire(config, tmp_path / "store", cluster).name == flow.UNCHANGED
 
 
