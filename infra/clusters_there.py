@@ -1,6 +1,7 @@
 """Clusters beyond this machine: a Dask scheduler that runs already, and workers that Slurm, Kubernetes or ssh start."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,19 +60,18 @@ def slurm(spec: ClusterSpec) -> "Iterator[Client]":
     from distributed import Client
 
     assert spec.slurm is not None
+    if shutil.which("sbatch") is None:
+        raise ClusterError('cluster.kind = "slurm": there is no command sbatch here; run tda where jobs are submitted')
     folder = Path(spec.slurm.folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with quiet_log(), TemporaryDirectory(prefix=".tls-", dir=folder) as own:
         tls = spec.tls or temporary_files(Path(own))
-        try:
-            with (
-                SLURMCluster(n_workers=spec.workers, silence_logs=logging.CRITICAL, **slurm_options(spec, tls)) as cluster,
-                Client(cluster, set_as_default=False) as client,
-            ):
-                _wait(client, Settings().worker_timeout, "no Slurm job started its worker; `squeue` says where they wait")
-                yield client
-        except FileNotFoundError as error:
-            raise ClusterError(f'cluster.kind = "slurm": {error.filename} is not here; run tda where jobs are submitted') from error
+        with (
+            SLURMCluster(n_workers=spec.workers, silence_logs=logging.CRITICAL, **slurm_options(spec, tls)) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            _wait(client, Settings().worker_timeout, "no Slurm job started its worker; `squeue` says where they wait")
+            yield client
 
 
 def slurm_options(spec: ClusterSpec, tls: Tls) -> dict[str, Any]:

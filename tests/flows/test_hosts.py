@@ -72,6 +72,7 @@ def s3_for_all(net: Hosts, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.soak
 def test_a_host_is_cut_off_and_comes_back_and_the_run_has_the_same_bytes(
     net: Hosts, s3_for_all: str, tls: Tls, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,6 +251,12 @@ def test_jobs_of_slurm_compute_shards(slurm: ClusterSpec, tmp_path: Path, monkey
     assert not pair.exists(), "its key ends with the cluster"
 
 
+def test_without_slurm_s_commands_the_kind_slurm_is_refused(slurm: ClusterSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ClusterError, match="there is no command sbatch here; run tda where jobs are submitted"), open_cluster(slurm):
+        pass
+
+
 def test_a_kubernetes_cluster_is_given_what_its_workers_use_and_names_its_secrets_only() -> None:
     options = Kubernetes(image="registry/tda:1", namespace="lab", service_account="tda", secrets=("s3",), gpus=1)
     found = clusters_there.kubernetes_cluster(ClusterSpec(kind="kubernetes", kubernetes=options, **SIZES))
