@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from infra import storage
-from infra.cluster import open_cluster
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import plan, prepare, publish, solves, verify
@@ -50,7 +49,7 @@ def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None
         inputs = attribute.examine(request)
         _check_same(run, request, inputs)
         with (
-            open_cluster(config.cluster.spec()) as client,
+            attribute.cluster_for(request, config.cluster.spec()) as client,
             api.used(),
             attribute.given(attribute.Prepared(started, inputs, client)),
             failures.told(request.store, command),

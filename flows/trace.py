@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flows import attribute
 from flows.attribute import RunFailed
 from flows.progress import Progress
-from infra.cluster import ShardFailed, open_cluster
+from infra.cluster import ShardFailed
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import layout, plan, prepare, tracing, tracing_results
@@ -78,7 +78,11 @@ def trace_run(config: RunConfig, command: str = "") -> TracingSummary:
     try:
         with embedded_api() as api:
             _examine(config)
-            with open_cluster(config.cluster.spec()) as client, api.used(), _given((started, client)):
+            with (
+                attribute.cluster_for(attribute.request_of(config), config.cluster.spec()) as client,
+                api.used(),
+                _given((started, client)),
+            ):
                 return trace(config.model_dump(mode="json"))
     except ShardFailed as error:
         kept = f"what is finished is kept in {store}"
