@@ -133,6 +133,26 @@ def test_a_run_notes_what_is_silent_and_tells_what_each_token_adds_to_a_score(co
         run.token_influence(0, [0])
 
 
+SHORTER = [
+    ('products = "bfloat16"\n', 'name = "datainf"\ndamping = 1e-2\n[[methods]]\nname = "representation"'),
+    ('autocast = "bfloat16"\n', 'name = "ekfac"\nfisher = "empirical"\ndamping = 1e-2'),
+]
+
+
+@pytest.mark.parametrize(("option", "method"), SHORTER)
+def test_parts_of_tokens_sum_to_scores_that_were_computed_in_bfloat16(config, option, method):
+    text = option + CONFIG.replace('dtype = "float64"\n', "") + f"[[methods]]\n{method}\n[cluster]\nworkers = 1\n"
+    config.write_text(text)
+    assert status(["run", str(config), "--store", f"file:{config.parent / 'store'}"]) == 0
+    run = tda.open_run(config.parent / "store")
+    title = run.methods[1]
+    found, wanted = run.token_influence(1, [0, 4, 2], title).sum("train_token").values, run.influence.sel(method=title)[1, [0, 4, 2]].values
+    np.testing.assert_allclose(found, wanted, atol=(5e-3 if "products" in option else 1e-5) * np.abs(wanted).max())
+    for other in run.methods[2:]:
+        with pytest.raises(NotStored, match=f"no scores of single tokens under '{other}'; it has those of graddot, datainf"):
+            run.token_influence(1, [0], other)
+
+
 def test_the_examples_data_are_what_its_generator_writes_and_its_model_learns_them(tmp_path):
     examples = Path(__file__).parents[2] / "docs" / "examples"
     runpy.run_path(str(examples / "language" / "make.py"))["main"](tmp_path)
