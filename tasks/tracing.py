@@ -21,6 +21,7 @@ from tda.evaluation import subsets, tracing
 from tda.fingerprint import fingerprint
 from tda.problem import Problem, Split, load_problem
 from tda.results import Run
+from tda.retrieval.embedding import encoder_digest, open_encoder
 
 #: Raised by one when what is computed or stored here changes.
 ARRAYS = 1
@@ -75,6 +76,8 @@ class Tracing:
         names = [{**asdict(row), "runs": [url.rpartition("/")[2] for url in row.runs]} for row in self.rows]
         asked = {"rows": names, "seeds": self.seeds, "options": self.told, "version": tda.__version__, "arrays": ARRAYS}
         asked |= {"gold": [ids.tolist() for ids in gold_of(self)]}
+        if folder := self.told["embedding"]:
+            asked |= {"encoder": encoder_digest(folder)}
         return location.join(self.run, "evaluation", fingerprint("tracing", **asked))
 
 
@@ -102,6 +105,14 @@ def gold(problem: Problem, documents: int) -> list[_Array]:
             f"{name}.gold({silent}) does not say which documents state what is asked; let it return ids in the pre-training set"
         )
     return tracing.check_gold([ids for ids in found if ids is not None], documents)
+
+
+def check_encoder(folder: str) -> None:
+    """InputError where evaluation.embedding is no folder of an encoder."""
+    try:
+        open_encoder(folder)
+    except InputError as error:
+        raise InputError(f"evaluation.embedding: {error}") from error
 
 
 def _opened(named: tuple[str, str]) -> Problem:
