@@ -13,6 +13,7 @@ import tda
 from flows.attribute import request_of
 from flows.cli import status
 from flows.config import load_config
+from tasks.plan import plan
 from tasks.prepare import examine
 from tasks.subject import forget, open_subject
 from tda import InputError
@@ -131,6 +132,21 @@ def test_a_run_notes_what_is_silent_and_tells_what_each_token_adds_to_a_score(co
     tiny.save(config.parent / "weights", "GPT-NeoX", tokenizer=False)
     with pytest.raises(InputError, match=r"the weights of run .* are gone"):
         run.token_influence(0, [0])
+
+
+def test_how_gradients_are_batched_and_rounded_makes_no_other_chains_and_no_other_spectra(config):
+    methods = 'name = "bif"\nstep_size = 1e-4\nlocalization = 5.0\nbatch_size = 2\n[[methods]]\nname = "ggn"\n'
+    text = CONFIG.replace('dtype = "float64"\n', "") + f'[[methods]]\n{methods}[[methods]]\nname = "ekfac"\n'
+    found = {}
+    for option in ("", "batch_tokens = 9\n", 'autocast = "bfloat16"\n'):
+        config.write_text(option + text)
+        request = request_of(load_config(config))
+        found[option] = list(plan(request, examine(request)).first.fits.values())
+    plain, *others = found.values()
+    assert [type(job).__name__ for job in plain] == ["SampleJob", "DenseJob", "FactorJob"]
+    for other in others:
+        assert [job.url for job in other[:2]] == [job.url for job in plain[:2]]
+        assert other[2].url != plain[2].url
 
 
 SHORTER = [
