@@ -10,7 +10,7 @@ import torch
 from transformers import BertModel
 
 import tda
-from flows import cli
+from flows import attribute, cli
 from flows.config import load_config
 from flows.trace import trace_run
 from tasks.tracing import Tracing
@@ -206,6 +206,18 @@ def test_an_encoder_that_was_replaced_is_another_evaluation(tmp_path):
         next(model.parameters()).add_(1.0)
     model.save_pretrained(tmp_path / "encoder")
     assert url() != before
+
+
+def test_a_stage_that_does_not_tell_its_lengths_is_refused_batches_of_tokens(tmp_path):
+    (tmp_path / "own.py").write_text(
+        SILENT + "\nclass Long(FactQuestions):\n    def lengths(self, split):\n"
+        "        return [len(text.split()) for text in (self.train_data() if split == 'train' else self.query_data()).texts]\n"
+    )
+    text = "batch_tokens = 64\n" + CONFIG.replace("tda.problems.facts:FactQuestions", "own.py:Long")
+    with pytest.raises(
+        InputError, match=r"batch_tokens = 64: problem 'tda\.problems\.facts:FactCorpus' does not say how long its examples are"
+    ):
+        attribute.examine(attribute.request_of(load_config(written(tmp_path, text), (), f"file:{tmp_path}/store")))
 
 
 def test_an_evaluation_by_retraining_still_refuses_stages_by_name(tmp_path):
