@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -162,8 +161,6 @@ def _by_text(job: Tracing) -> Iterator[tuple[str, Any]]:
     from tda.retrieval.bm25 import bm25_scores
     from tda.retrieval.embedding import embed
 
-    logging.getLogger("bm25s").addFilter(_matters)
-
     def scored(kind: str, answer: bool) -> _Array:
         asked, documents = texts(_opened(job.problem), "query", answer=answer), texts(_opened(job.corpus), "train")
         if kind == "bm25":
@@ -175,11 +172,6 @@ def _by_text(job: Tracing) -> Iterator[tuple[str, Any]]:
     for kind in ("bm25", "embedding"):
         for answer in (False, True):
             yield text_title(kind, answer), lambda kind=kind, answer=answer: scored(kind, answer)
-
-
-def _matters(record: logging.LogRecord) -> bool:
-    """bm25s sets its own level to DEBUG, and says more than a user wants to know."""
-    return record.levelno >= logging.WARNING
 
 
 def text_title(kind: str, answer: bool) -> str:
