@@ -110,6 +110,8 @@ def _examine(config: RunConfig) -> None:
     problem = load_problem(config.problem, config.problem_options)
     corpus = load_problem(stage.problem, stage.problem_options)
     tracing.gold(problem, len(corpus.train_data()))
+    if config.evaluation.embedding is not None:
+        tracing.check_encoder(config.evaluation.embedding)
     if config.evaluation.bm25 or config.evaluation.embedding is not None:
         tracing.texts(problem, "query")
         tracing.texts(corpus, "train")

@@ -194,19 +194,24 @@ class Cutter:
             **({} if self.tokens is None else {"tokens": self.tokens}), **({"autocast": subject.autocast} if subject.autocast else {}),
         }  # fmt: skip
 
+    def _but(self, *names: str) -> dict[str, Any]:
+        """What every number about the subject depends on, but for what a fit does not look at."""
+        return {name: value for name, value in self._common(self.subject).items() if name not in names}
+
     def _fit(self, fit: Fit, unrolled: Unrolled) -> FitJob:
         store, examples = self.request.store, self.inputs.examples
         if fit.kind == "dense":
             subject = replace(self.subject, dtype="float64")
-            key = fingerprint("spectra", curvature=fit.of, **self._common(self.subject) | {"dtype": "float64", "products": "full"})
+            common = self._but("tokens", "autocast") | {"dtype": "float64", "products": "full"}
+            key = fingerprint("spectra", curvature=fit.of, **common)
             return DenseJob(layout.artifact(store, "spectra", key), subject, fit.of, examples, self.batch)  # type: ignore[arg-type]
         if fit.kind == "retraining":
             asked, seen = self.request.subject, self.subject.inputs
             return _retraining(store, asked.problem, asked.options, fit.of, self.request.seed, asked.dtype, seen)
         if fit.kind == "chains":
             options = json.dumps(json.loads(fit.of) | {"seed": self.seed}, sort_keys=True)
-            # Chains multiply in their own way, and a linearisation's batch is rounding: neither makes other chains.
-            common = {name: value for name, value in self._common(self.subject).items() if name not in ("products", "batch")}
+            # Chains multiply in their own way and dtype, and a linearisation's batch is rounding: none of these makes other chains.
+            common = self._but("products", "batch", "tokens", "autocast")
             key = fingerprint("trajectories", options=options, query=self.inputs.query, **common)
             return SampleJob(layout.artifact(store, "trajectories", key), self.subject, options, examples, self.inputs.queries, self.batch)
         subjects: tuple[Subject, ...] = (self.subject,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -110,7 +110,7 @@ def _examined(request: Request) -> Inputs:
         )
     if not subject.checkpoint and not can_fit(problem):
         raise InputError(f"problem {subject.problem!r} has no fit method and the config no checkpoint; give one of them")
-    _check_batches(request, opened)
+    check_batches(request, opened)
     found = {split: digested(opened, split) for split in ("train", "query")}
     for split in ("train", "query"):
         probe(opened, split)
@@ -131,9 +131,9 @@ def _examined(request: Request) -> Inputs:
     )
 
 
-def _check_batches(request: Request, opened: Opened) -> None:
+def check_batches(request: Request, opened: Opened, splits: Sequence[Split] = SPLITS) -> None:
     """InputError where batches are asked for in two ways, or in tokens of a problem that does not tell how many its examples have."""
-    told = [lengths_of(opened.attributed.problem, split, length(opened.data(split), split)) for split in SPLITS]
+    told = [lengths_of(opened.attributed.problem, split, length(opened.data(split), split)) for split in splits]
     if request.batch_tokens is None:
         return
     if request.batch_size is not None:

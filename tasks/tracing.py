@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ from tda.evaluation import subsets, tracing
 from tda.fingerprint import fingerprint
 from tda.problem import Problem, Split, load_problem
 from tda.results import Run
+from tda.retrieval.embedding import encoder_digest, open_encoder
 
 #: Raised by one when what is computed or stored here changes.
 ARRAYS = 1
@@ -75,6 +75,8 @@ class Tracing:
         names = [{**asdict(row), "runs": [url.rpartition("/")[2] for url in row.runs]} for row in self.rows]
         asked = {"rows": names, "seeds": self.seeds, "options": self.told, "version": tda.__version__, "arrays": ARRAYS}
         asked |= {"gold": [ids.tolist() for ids in gold_of(self)]}
+        if folder := self.told["embedding"]:
+            asked |= {"encoder": encoder_digest(folder)}
         return location.join(self.run, "evaluation", fingerprint("tracing", **asked))
 
 
@@ -102,6 +104,14 @@ def gold(problem: Problem, documents: int) -> list[_Array]:
             f"{name}.gold({silent}) does not say which documents state what is asked; let it return ids in the pre-training set"
         )
     return tracing.check_gold([ids for ids in found if ids is not None], documents)
+
+
+def check_encoder(folder: str) -> None:
+    """InputError where evaluation.embedding is no folder of an encoder."""
+    try:
+        open_encoder(folder)
+    except InputError as error:
+        raise InputError(f"evaluation.embedding: {error}") from error
 
 
 def _opened(named: tuple[str, str]) -> Problem:
@@ -151,8 +161,6 @@ def _by_text(job: Tracing) -> Iterator[tuple[str, Any]]:
     from tda.retrieval.bm25 import bm25_scores
     from tda.retrieval.embedding import embed
 
-    logging.getLogger("bm25s").addFilter(_matters)
-
     def scored(kind: str, answer: bool) -> _Array:
         asked, documents = texts(_opened(job.problem), "query", answer=answer), texts(_opened(job.corpus), "train")
         if kind == "bm25":
@@ -164,11 +172,6 @@ def _by_text(job: Tracing) -> Iterator[tuple[str, Any]]:
     for kind in ("bm25", "embedding"):
         for answer in (False, True):
             yield text_title(kind, answer), lambda kind=kind, answer=answer: scored(kind, answer)
-
-
-def _matters(record: logging.LogRecord) -> bool:
-    """bm25s sets its own level to DEBUG, and says more than a user wants to know."""
-    return record.levelno >= logging.WARNING
 
 
 def text_title(kind: str, answer: bool) -> str:

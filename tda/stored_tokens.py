@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tda.results import Run
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+AUTOCAST = {"bfloat16": torch.bfloat16}
 
 
 #: Methods whose directions are a fixed linear map of gradients, given by factors.
@@ -41,8 +43,8 @@ def token_influence(
 ) -> xr.DataArray:
     """(train, train_token): as `Run.token_influence` says, of a gradient method; of the run's last one when absent.
 
-    by_query_token: (train, train_token, query_token), from the method's factors, exactly: without the approximation of `separable` and
-    without the rounding of stored directions.
+    by_query_token: (train, train_token, query_token), from the method's factors, exactly: without the approximations of `separable`
+    and `query_rank`, and without the rounding of stored directions.
 
     The problem is opened here, at the weights of the run. Raises NotStored where the method has no directions of that kind, InputError
     where the problem, its data or its weights are not what the run was made of.
@@ -75,8 +77,8 @@ def joint_scores(work: Work, method: Method, query: int, train: Sequence[int], *
 
     if method.name not in FACTORED:
         raise NotStored(f"the parts of a query's tokens are known under {', '.join(FACTORED)} and bif, not under {method.title!r}")
-    if isinstance(method, EKFAC):
-        method = method.model_copy(update={"separable": 0.0})
+    # A low rank of each position's directions is none of their sum's.
+    method = method.model_copy(update={"query_rank": None} | ({"separable": 0.0} if isinstance(method, EKFAC) else {}))
     attributed = work.attributed
     problem = attributed.problem
     with torch.enable_grad():
@@ -113,7 +115,7 @@ def _method(run: Run, asked: str | None, stored: dict[str, str]) -> str:
     """The title of the method that is meant."""
     from tda.results import NotStored
 
-    able = [t for t, m in _methods(run).items() if t in stored and m.meets == "final" and not m.cosine and m.unit != "correlation"]
+    able = [t for t, m in _methods(run).items() if t in stored and m.meets == "final" and not m.cosine and m.takes_gradients]
     if asked is None and able:
         return able[-1]
     if asked not in able:
@@ -136,7 +138,9 @@ def _opened(run: Run, weights: str) -> Attributed:
     problem.restore(model, state, where)
     if config["dtype"] != "auto":
         model = model.to(DTYPES[config["dtype"]])
-    return inspect(problem, model, problem.train_data(), modules=config["modules"], exclude=config["exclude"])
+    found = inspect(problem, model, problem.train_data(), modules=config["modules"], exclude=config["exclude"])
+    short, recompute = config.get("autocast"), config.get("checkpoint_activations", False)  # absent in runs of before
+    return replace(found, autocast=AUTOCAST[short] if short else None, recompute=recompute)
 
 
 def _weights(run: Run, given: str | None, digest: str) -> tuple[dict[str, torch.Tensor], str]:

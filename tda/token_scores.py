@@ -27,8 +27,9 @@ def token_scores(attributed: Attributed, directions: Sequence[Direction], datase
     """
     total: Tensor | None = None
     for direction, (_, uses) in zip(directions, _uses(attributed, dataset, ids, attributed.problem.likelihood.loss), strict=True):
+        whole = _in(direction, attributed.dtype)
         for pair in uses:
-            part = _parts(direction, pair)
+            part = _parts(whole, pair)
             total = part if total is None else total + part
     if total is None:
         raise InputError("none of the attributed layers is used by these examples")
@@ -73,6 +74,13 @@ def _matrices(pair: Pair, columns: int) -> Tensor:
         return left[..., None] * pair.right[:, 0].transpose(0, 1)[:, :, None]
     found = left.new_zeros(*left.shape, columns)
     return found.scatter_(-1, pair.right[0][:, None, None, None].expand(*left.shape, 1), left[..., None])
+
+
+def _in(direction: Direction, dtype: torch.dtype) -> Direction:
+    """The same in the model's dtype: of a run with products in bfloat16, directions are stored in that."""
+    if isinstance(direction, Dense):
+        return Dense(direction.matrix.to(dtype))
+    return Factored(direction.left.to(dtype), direction.right.to(dtype))
 
 
 def _parts(direction: Direction, pair: Pair) -> Tensor:

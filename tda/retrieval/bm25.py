@@ -5,6 +5,7 @@ Lucene's variant with k1 = 1.5 and b = 0.75, as the library bm25s has it. Words 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -54,12 +55,18 @@ def _index(documents: Sequence[str]) -> Any:
         import bm25s
     except ImportError as error:
         raise InputError("BM25 needs bm25s; pip install 'tda[candidates]'") from error
+    logging.getLogger("bm25s").addFilter(_matters)
     corpus = [words(document) for document in documents]
     if not any(corpus):
         raise InputError(f"none of the {len(documents)} documents has a word (letters or digits), so BM25 has nothing to compare")
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75, backend="numpy", csc_backend="scipy")
     index.index(corpus, show_progress=False)
     return index
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """bm25s sets its own level to DEBUG, and says more than a user wants to know."""
+    return record.levelno >= logging.WARNING
 
 
 def _scores(index: Any, query: str, documents: int) -> np.ndarray[Any, Any]:

@@ -115,7 +115,7 @@ def nearest(queries: np.ndarray[Any, Any], documents: np.ndarray[Any, Any], k: i
     """The k documents with the largest cosine to each query: ids (query, k) int64, cosines (query, k) float32, the largest first.
 
     queries (query, dim), documents (document, dim): an array of Zarr will do, it is read BLOCK rows at a time, so that memory does not
-    grow with it. Ties go to the lower id. k: at most the number of documents.
+    grow with it. Of documents of one cosine, those that tie for the last places may be any of them. k: at most the number of documents.
     """
     from sklearn.neighbors import NearestNeighbors
 

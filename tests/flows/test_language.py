@@ -13,6 +13,7 @@ import tda
 from flows.attribute import request_of
 from flows.cli import status
 from flows.config import load_config
+from tasks.plan import plan
 from tasks.prepare import examine
 from tasks.subject import forget, open_subject
 from tda import InputError
@@ -131,6 +132,41 @@ def test_a_run_notes_what_is_silent_and_tells_what_each_token_adds_to_a_score(co
     tiny.save(config.parent / "weights", "GPT-NeoX", tokenizer=False)
     with pytest.raises(InputError, match=r"the weights of run .* are gone"):
         run.token_influence(0, [0])
+
+
+def test_how_gradients_are_batched_and_rounded_makes_no_other_chains_and_no_other_spectra(config):
+    methods = 'name = "bif"\nstep_size = 1e-4\nlocalization = 5.0\nbatch_size = 2\n[[methods]]\nname = "ggn"\n'
+    text = CONFIG.replace('dtype = "float64"\n', "") + f'[[methods]]\n{methods}[[methods]]\nname = "ekfac"\n'
+    found = {}
+    for option in ("", "batch_tokens = 9\n", 'autocast = "bfloat16"\n'):
+        config.write_text(option + text)
+        request = request_of(load_config(config))
+        found[option] = list(plan(request, examine(request)).first.fits.values())
+    plain, *others = found.values()
+    assert [type(job).__name__ for job in plain] == ["SampleJob", "DenseJob", "FactorJob"]
+    for other in others:
+        assert [job.url for job in other[:2]] == [job.url for job in plain[:2]]
+        assert other[2].url != plain[2].url
+
+
+SHORTER = [
+    ('products = "bfloat16"\n', 'name = "datainf"\ndamping = 1e-2\n[[methods]]\nname = "representation"'),
+    ('autocast = "bfloat16"\n', 'name = "ekfac"\nfisher = "empirical"\ndamping = 1e-2'),
+]
+
+
+@pytest.mark.parametrize(("option", "method"), SHORTER)
+def test_parts_of_tokens_sum_to_scores_that_were_computed_in_bfloat16(config, option, method):
+    text = option + CONFIG.replace('dtype = "float64"\n', "") + f"[[methods]]\n{method}\n[cluster]\nworkers = 1\n"
+    config.write_text(text)
+    assert status(["run", str(config), "--store", f"file:{config.parent / 'store'}"]) == 0
+    run = tda.open_run(config.parent / "store")
+    title = run.methods[1]
+    found, wanted = run.token_influence(1, [0, 4, 2], title).sum("train_token").values, run.influence.sel(method=title)[1, [0, 4, 2]].values
+    np.testing.assert_allclose(found, wanted, atol=(5e-3 if "products" in option else 1e-5) * np.abs(wanted).max())
+    for other in run.methods[2:]:
+        with pytest.raises(NotStored, match=f"no scores of single tokens under '{other}'; it has those of graddot, datainf"):
+            run.token_influence(1, [0], other)
 
 
 def test_the_examples_data_are_what_its_generator_writes_and_its_model_learns_them(tmp_path):

@@ -1,21 +1,26 @@
 """Fact tracing from its file to its page: ranks that can be recomputed from the runs, reused as a whole, refused in one line."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import BertModel
 
 import tda
-from flows import cli
+from flows import attribute, cli
 from flows.config import load_config
 from flows.trace import trace_run
+from tasks.tracing import Tracing
 from tda import location
 from tda.errors import InputError
 from tda.evaluation.subsets import tuning
 from tda.evaluation.tracing import expected_at_random
 from tda.problems.facts import FactQuestions
 from tda.results import Run
+from tests.tda import language_models as tiny
 
 SIZE = "persons = 4, countries = 2, objects = 5, paraphrases = 2, distractors = 1, width = 16, depth = 1, heads = 2"
 CONFIG = f"""
@@ -169,6 +174,7 @@ class Shown(FactCorpus):
         ([("tda.problems.facts:FactCorpus", "own.py:Fewer")], "are not those of the fine-tuning"),
         ([("tda.problems.facts:FactCorpus", "own.py:Shown")], "describe('train', 0) is a int, and BM25"),
         ([("modules", "ensemble = 2\nmodules")], "ensemble = 2"),
+        ([("seeds = 2", 'embedding = "nowhere"')], "/nowhere is no folder; give a local folder"),
         ([("[evaluation]", '[candidates]\non = "pretraining"\nbm25 = 3\n[evaluation]')], "fact tracing ranks all documents"),
     ],
 )
@@ -182,6 +188,36 @@ def test_what_cannot_be_traced_is_refused_before_anything_is_written(tmp_path, e
         trace_run(load_config(written(tmp_path, text), (), f"file:{tmp_path}/store"))
     assert said in str(error.value)
     assert not (tmp_path / "store").exists()
+
+
+def test_an_encoder_that_was_replaced_is_another_evaluation(tmp_path):
+    tiny.drawn(BertModel, tiny.CONFIGS["BERT"]).save_pretrained(tmp_path / "encoder")
+    tiny.save_tokenizer(tmp_path / "encoder")
+    corpus, own = ((f"tda.problems.facts:{name}", json.dumps(OPTIONS)) for name in ("FactCorpus", "FactQuestions"))
+    options = json.dumps({"seed": 0, "embedding": f"file:{tmp_path}/encoder"})
+
+    def url():
+        return Tracing("file:///runs/one", (), (), own, corpus, (0,), options).url
+
+    before = url()
+    assert url() == before
+    model = tiny.drawn(BertModel, tiny.CONFIGS["BERT"])
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    model.save_pretrained(tmp_path / "encoder")
+    assert url() != before
+
+
+def test_a_stage_that_does_not_tell_its_lengths_is_refused_batches_of_tokens(tmp_path):
+    (tmp_path / "own.py").write_text(
+        SILENT + "\nclass Long(FactQuestions):\n    def lengths(self, split):\n"
+        "        return [len(text.split()) for text in (self.train_data() if split == 'train' else self.query_data()).texts]\n"
+    )
+    text = "batch_tokens = 64\n" + CONFIG.replace("tda.problems.facts:FactQuestions", "own.py:Long")
+    with pytest.raises(
+        InputError, match=r"batch_tokens = 64: problem 'tda\.problems\.facts:FactCorpus' does not say how long its examples are"
+    ):
+        attribute.examine(attribute.request_of(load_config(written(tmp_path, text), (), f"file:{tmp_path}/store")))
 
 
 def test_an_evaluation_by_retraining_still_refuses_stages_by_name(tmp_path):

@@ -1,6 +1,7 @@
 """Which documents are near: BM25 against its formula, embeddings against the encoder alone, neighbours against all cosines."""
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -166,3 +167,9 @@ def test_a_folder_that_is_no_encoder_is_refused(encoder, what, said):
 def test_a_text_without_a_token_is_refused(encoder):
     with pytest.raises(InputError, match=r"text 1 \(' '\) has no token"):
         embed(["the cat", " "], encoder)
+
+
+def test_what_bm25_is_told_to_say_of_its_work_is_not_passed_on(caplog):
+    with caplog.at_level(logging.DEBUG, "bm25s"):
+        bm25_nearest(["a cat"], ["the cat", "a dog"], 1)
+    assert not caplog.records

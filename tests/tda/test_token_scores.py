@@ -87,3 +87,27 @@ def test_the_parts_of_a_querys_tokens_need_factors(tmp_path):
     attributed = inspect(problem, problem.model(), problem.train_data())
     with pytest.raises(NotStored, match="known under graddot, kfac, ekfac and bif, not under 'cg'"):
         joint_scores(Work(attributed, None, [], 0, 1), parse({"name": "cg", "damping": 1.0}), 0, [0], examples=5)
+
+
+@pytest.mark.parametrize("method", [{"name": "graddot"}, {"name": "kfac", "fisher": "empirical", "damping": 1e-3}, METHODS[1]])
+def test_parts_by_both_sides_tokens_are_of_directions_in_full_where_the_run_kept_a_low_rank(tmp_path, method):
+    problem = tiny.causal(tmp_path)
+    attributed = inspect(problem, tiny.drawn(tiny.CAUSAL["GPT-2"], problem.model().config).double(), problem.train_data(), modules=["mlp"])
+    data, short = problem.train_data(), parse(method | {"query_rank": 1})
+    outcome = attribute(problem, [method], attributed=attributed)
+    work = Work(attributed, data, [outcome.factors[fit.of] for fit in short.fits], seed=0, batch_size=2)
+    both = joint_scores(work, short, 1, [4, 0, 3], examples=len(data))
+    torch.testing.assert_close(both.sum((1, 2)), outcome.influence[0][1, [4, 0, 3]], rtol=1e-10, atol=1e-12)
+
+
+def test_directions_stored_in_bfloat16_are_met_in_the_models_dtype(tmp_path):
+    problem = tiny.causal(tmp_path)
+    attributed = inspect(problem, tiny.drawn(tiny.CAUSAL["GPT-2"], problem.model().config), problem.train_data())
+    found, _ = query_gradients(attributed, problem.query_data(), [0, 1], batch_size=1)
+    assert any(isinstance(direction, Factored) for direction in found)
+    data = problem.train_data()
+    for each in (found, [Dense(dense(direction)) for direction in found]):
+        short = [Dense(d.matrix.bfloat16()) if isinstance(d, Dense) else Factored(d.left.bfloat16(), d.right.bfloat16()) for d in each]
+        whole, rounded = (token_scores(attributed, directions, data, [0, 1], examples=5) for directions in (each, short))
+        assert rounded.dtype == torch.float32
+        torch.testing.assert_close(rounded, whole, rtol=0, atol=0.02 * float(whole.abs().max()))
