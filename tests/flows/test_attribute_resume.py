@@ -49,7 +49,7 @@ def undisturbed(config: Path, cluster: str, tmp_path: Path) -> Run:
     return attribute(config, f"{tmp_path}/undisturbed", cluster)[1]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [1, pytest.param(15, marks=pytest.mark.soak)])
 def test_killed_again_and_again_a_run_ends_under_its_first_id_with_the_same_bytes(
     config: Path, undisturbed: Run, traps: Path, tmp_path: Path, prefect_api: None, kills: int
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_run_through_faults_has_the_bytes_of_an_undisturbed_one(
 
 
 @pytest.mark.s3
+@pytest.mark.soak
 @pytest.mark.parametrize("rate", [0.1])
 def test_a_run_through_faults_on_a_real_server_has_the_bytes_of_an_undisturbed_one(
     config: Path, on_disk: Run, rgw_s3: str, monkeypatch: pytest.MonkeyPatch, rate: float
