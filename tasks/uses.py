@@ -18,12 +18,15 @@ OF_PLANS = ("averages",)
 def names_of_run(url: str, manifest: Mapping[str, Any] | None) -> set[str]:
     """Every fingerprint and digest that a run, its members and its stages name, and its evaluations. Digests: of checkpoints' weights.
 
+    A complete run also lists the artifacts that it was computed from, those among them that no fingerprint of it names.
+
     An artifact is kept for its name alone, whatever its kind: fingerprints of different kinds do not meet.
     """
     if not manifest:
         return set()
     stages = [stage.get("fingerprints", {}) for stage in manifest.get("stages", {}).values()]
-    return {*_texts([manifest.get("fingerprints", {}), manifest.get("members", []), stages]), *_evaluated(url)}
+    listed = [str(name).rpartition("/")[2] for name in manifest.get("artifacts", [])]
+    return {*_texts([manifest.get("fingerprints", {}), manifest.get("members", []), stages]), *listed, *_evaluated(url)}
 
 
 def _evaluated(url: str) -> Iterator[str]:

@@ -159,6 +159,38 @@ def test_what_came_into_use_meanwhile_stays(store: Store) -> None:
     assert not store.there("artifacts/factors/f-b")
 
 
+def test_a_run_whose_repair_was_interrupted_counts_as_the_complete_one_that_it_was(store: Store) -> None:
+    store.run("broken", 5, complete=False, repairing=True)
+    assert dropped(store, 1) == ["a", "b", "c", "d"], "it is the newest"
+    assert dropped(store, 5) == []
+    store.run("e", 1)
+    assert dropped(store, 1) == ["a", "b", "broken", "c", "d"]
+    store.put("runs/broken/receipts/7", "x", 0.1)  # somebody repairs it now
+    assert dropped(store, 1) == ["a", "b", "c", "d"]
+
+
+def test_a_run_that_is_created_or_resumed_while_others_are_deleted_stays(store: Store) -> None:
+    store.run("idle", 40, complete=False)
+    store.run("idling", 40, complete=False)
+    born = "runs/new/.run.json.0.partial"  # so a folder looks a moment before its run.json is there
+    store.put(born, "x", 0)
+    pruning = plan(store.url, rules(4))
+    assert {each.name for each in pruning.runs} == {"idle", "idling", "new"}
+    store.put("runs/new/run.json", {"schema_version": 1, "complete": False}, 0)
+    store.put("runs/idle/receipts/7", "x", 0)
+    assert [each.name for each in delete(pruning) if "run" in each.kind] == ["idling"]
+    assert store.there("runs/new")
+    assert store.there("runs/idle")
+    assert store.there("artifacts/factors/f-idle")
+
+
+def test_whatever_a_complete_run_lists_stays_with_it(store: Store) -> None:
+    store.artifact("averages", "mean", 100)
+    store.artifact("retrained", "models", 100)
+    store.run("e", 5, artifacts=["averages/mean", "retrained/models"])
+    assert plan(store.url, rules(5)).all == ()
+
+
 @pytest.mark.parametrize("kept", [1, 2])
 def test_killed_at_any_moment_it_leaves_every_run_whole_and_the_next_finishes(
     store: Store, kept: int, monkeypatch: pytest.MonkeyPatch
