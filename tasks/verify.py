@@ -95,6 +95,20 @@ def _checked(folder: str, sums: Sums, faults: Sequence[Fault]) -> Checked:
     return Checked(folder, len(sums), sum(entry[0] for entry in sums.values()), tuple(faults))
 
 
+def digests(store: str, some: Sequence[Checked]) -> dict[str, str]:
+    """One digest of all sums of each artifact among some folders, where its marker is whole: what it has to be once it is made again."""
+    found = {}
+    for each in some:
+        if each.folder.startswith("artifacts/"):
+            try:
+                sums = checksums.read(location.join(store, each.folder, "complete.json"))
+            except (FileNotFoundError, InputError):
+                continue
+            if sums is not None:
+                found[each.folder] = str(checksums.signed({"objects": sums})["sha256"])
+    return found
+
+
 def take_away(store: str, found: Checked) -> None:
     """Delete what is damaged in a folder, with what says that it is done, and nothing else that can stay."""
     url = location.join(store, found.folder)
