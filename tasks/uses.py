@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tda import location
+from tda.errors import InputError
 
 #: Ground truth, which takes the longest of all to make again, and which evaluations share beyond what their manifests name.
 OF_EVALUATIONS = ("retrained", "retraining", "untrained")
@@ -38,9 +39,13 @@ def _evaluated(url: str) -> Iterator[str]:
 
 
 def names_of_studies(store: str) -> set[str]:
-    """The artifacts that the studies of a store name: their trainings."""
+    """The artifacts that the studies of a store name: their trainings. Raises InputError where a study.json is damaged."""
     folder = location.join(store, "studies")
-    found = location.read_json_many([location.join(folder, name, "study.json") for name in location.list_names(folder)])
+    urls = [location.join(folder, name, "study.json") for name in location.list_names(folder)]
+    found = location.read_json_many(urls)
+    for url, study in zip(urls, found, strict=True):
+        if study is not None and not study:
+            raise InputError(f"{url} is damaged, so what its study uses is not known; delete its folder or mend it, then prune again")
     return {str(point.get("checkpoint", "")) for study in found for point in (study or {}).get("points", [])}
 
 

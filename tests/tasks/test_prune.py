@@ -130,6 +130,14 @@ def test_a_store_with_studies_keeps_what_they_share(store: Store) -> None:
     assert "c-study" not in {each.name for each in plan(store.url, rules(1)).artifacts}
 
 
+def test_a_study_that_cannot_be_read_stops_it_before_anything_is_deleted(store: Store) -> None:
+    store.put("studies/s/study.json", [1], 50)
+    before = store.names()
+    with pytest.raises(InputError, match=r"studies/s/study.json is damaged, so what its study uses is not known"):
+        list(delete(plan(store.url, rules(1))))
+    assert store.names() == before
+
+
 def test_nothing_that_may_be_at_work_is_touched(store: Store) -> None:
     store.run("young", 0.5, complete=False)
     store.run("busy", 40, complete=False)
