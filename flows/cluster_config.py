@@ -59,7 +59,7 @@ class ClusterConfig(BaseModel):
     def _memory_is_a_size(cls, value: Any) -> str | int | None:
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
             return value
-        if isinstance(value, str) and re.fullmatch(r"[0-9.]+ ?([kKMGT]i?)?B", value):
+        if isinstance(value, str) and re.fullmatch(r"(?=.*[1-9])(\d+\.?\d*|\.\d+) ?([kKMGT]i?)?B", value):
             return value
         raise ValueError(f'cluster.memory_limit must be a number of bytes or a text such as "4GiB", got {shown(value)}')
 

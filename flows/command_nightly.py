@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flows.arguments import Config, OtherStore, Overrides
+from flows.secrets import masked
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
@@ -94,7 +95,7 @@ def _check(config: RunConfig) -> str:
 
 
 def _tell(wanted: Nightly, made: Deployed, server: str, note: str) -> None:
-    full = f"nightly/{wanted.name}"
+    full, server = f"nightly/{wanted.name}", masked(server)
     state = "kept as it is" if made.pool_was_there else "made"
     rows = [
         ("deployment", full + (f" (before: of {made.replaced})" if made.replaced else "")),

@@ -9,7 +9,10 @@ import typer
 from flows.arguments import Config, OtherStore, Overrides
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from flows.cluster_config import ClusterConfig
+    from flows.config import RunConfig
     from tasks.projected import Stage
 
 HOUR = 3600.0
@@ -28,8 +31,8 @@ def plan(
     from tda.errors import InputError
 
     parsed = load_config(config, overrides or [], store)
-    if flops is not None and not flops > 0:
-        raise InputError(f"--flops {flops:g}: must be above 0, such as 1e11")
+    if flops is not None and not 0 < flops < float("inf"):
+        raise InputError(f"--flops {flops:g}: must be a number above 0, such as 1e11")
 
     from infra.settings import quiet_prefect
 
@@ -65,6 +68,17 @@ def plan(
         unknown = [stage.name for stage in stages if stage.flops is None]
         besides = f"; without {', '.join(unknown)}, which is the problem's own" if unknown else ""
         typer.echo(f"time     {duration(total)} with {count} workers of {flops:.2g} operations a second ({told}){besides}")
+
+    for line in _left_out(parsed):
+        typer.echo(f"but      {line}")
+
+
+def _left_out(config: RunConfig) -> Iterator[str]:
+    """What the table does not say of such a run."""
+    if any(method.get("name") == "multistage" for method in config.methods):
+        yield "the earlier stages of multistage are not in this plan"
+    if config.candidates is not None:
+        yield "all training examples are planned; the run scores its candidates alone, and what chooses them is not in this plan"
 
 
 def memory_limit(cluster: ClusterConfig, workers: int) -> int | None:

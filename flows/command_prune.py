@@ -49,7 +49,7 @@ def prune(
     gone = list(delete(found))
     typer.echo(f"dropped {_sum(gone)}; {_staying(found)}")
     if len(gone) < len(found.all):
-        typer.echo(f"left alone, since they came into use meanwhile: {_counted(len(found.all) - len(gone), 'artifact')}")
+        typer.echo(f"left alone, since they came into use meanwhile: {_sum([each for each in found.all if each not in gone])}")
 
 
 def _age(text: str, option: str) -> timedelta:

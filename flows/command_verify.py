@@ -42,9 +42,11 @@ def verify(
     if repair and (wrong or unfinished):
         from flows.repair import repair as mend
 
-        mend(opened, found, command, workers)
+        others = mend(opened, found, command, workers)
         typer.echo("repaired; checking again")
-        wrong = _tell(check(open_run(store, opened.id)))
+        wrong = _tell(check(open_run(store, opened.id))) + len(others)
+        for folder in others:
+            typer.echo(f"{folder}: made again, and its bytes are others: machine or libraries are not those that the run was computed with")
     elif wrong or unfinished:
         typer.echo(f"mend     {command}")
     return WRONG if wrong or (unfinished and not repair) else 0

@@ -31,6 +31,7 @@ PLAIN_WORDS = {  # what pydantic calls "Input should be a valid ..."
     "string_too_short": "not be empty",
     "string_type": "be text",
     "too_short": "not be empty",
+    "tuple_type": "be a list",
 }
 
 

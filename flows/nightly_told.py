@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from infra.settings import quiet_prefect
 from tda.results import Run, open_run
+from tda.rows import rows
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping
@@ -72,7 +73,7 @@ def tell(done: RunSummary) -> None:
 
 def page(run: Run, reused: Iterable[str]) -> str:
     """Markdown: for some queries the training examples at both ends of the default method's ranking, and what the run says of itself."""
-    method, ids = run.default_method, run.influence["query"].to_numpy().tolist()
+    method, ids = run.default_method, rows(run).queries.tolist()
     problem = _problem(run)
     lines = [
         f"# Run {plain(run.id)}",
@@ -86,7 +87,7 @@ def page(run: Run, reused: Iterable[str]) -> str:
     ]
     for query in ids[:: max(1, len(ids) // SHOWN_QUERIES)][:SHOWN_QUERIES]:
         ends = [run.top(query, k=SHOWN_EXAMPLES, method=method, kind=kind).to_dict("records") for kind in ("helpful", "harmful")]
-        cells = ["<br>".join(_example(row, problem) for row in rows) for rows in ends]
+        cells = ["<br>".join(_example(row, problem) for row in found) for found in ends]
         lines.append(f"| {_named(query, 'query', problem)} | {cells[0]} | {cells[1]} |")
     lines += ["", f"Reused: {plain(', '.join(reused) or 'nothing')}."]
     lines += [f"- {plain(str(note), None)}" for note in run.manifest.get("notes", [])]

@@ -24,7 +24,7 @@ from flows.config import RunConfig  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 
 
-def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None = None) -> None:
+def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None = None) -> list[str]:
     """Delete what `tasks.verify.check` found to be damaged in a run, and compute it again.
 
     Args:
@@ -32,6 +32,9 @@ def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None
         found: what is wrong with it.
         command: the command line that does the same, for the message of a repair that fails.
         workers: processes on this machine that compute it; the run's own cluster when absent.
+
+    Returns:
+        The artifacts that were made again and are not what they were: on another machine, or by other libraries.
 
     Raises:
         InputError: the run cannot be computed again: its manifest is damaged, or the problem, the data or the checkpoint have changed.
@@ -45,6 +48,8 @@ def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None
     config = RunConfig.model_validate({**run.manifest["config"], "store": run.store, **other})
     request = attribute.request_of(config)
     lost = [fault.name for fault in found[0].faults]
+    earlier = run.manifest.get("repairing")
+    before = verify.digests(run.store, broken) | (earlier if isinstance(earlier, dict) else {})
     with embedded_api() as api:
         inputs = attribute.examine(request)
         _check_same(run, request, inputs)
@@ -55,10 +60,12 @@ def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None
             failures.told(request.store, command),
         ):
             # What the manifest says of the run stays as it is; only that the run is complete is taken back until it is true again.
-            storage.write_json(f"{run.url}/run.json", {**run.manifest, "complete": False, "repairing": True})
+            storage.write_json(f"{run.url}/run.json", {**run.manifest, "complete": False, "repairing": before})
             for each in broken:
                 verify.take_away(run.store, each)
             mend(config.model_dump(mode="json"), run.url, lost)
+    now = verify.digests(run.store, [Checked(folder, 0, 0) for folder in before])
+    return [folder for folder, digest in before.items() if now.get(folder) != digest]
 
 
 @flow(name="repair", validate_parameters=False)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_NAME = re.compile(r"(^|_)(password|passwd|passphrase|secret|api_?key|access_?key|private_?key|credentials?)$|^token$", re.IGNORECASE)
+_NAME = re.compile(
+    r"(^|_)(password|passwd|passphrase|secret|secret_?key|api_?key|access_?key(_?id)?|private_?key|credentials?)$|^token$", re.IGNORECASE
+)
 #: Not every token: language models have a pad_token and others.
 _TOKEN = re.compile(r"(^|_)(auth|access|api|hf|bearer|refresh|session)_?token$", re.IGNORECASE)
-_IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s:@'\"]*:[^/\s@'\"]+@", re.IGNORECASE)
+_IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s:@'\"]*:[^/\s'\"]+@", re.IGNORECASE)
 
 
 def refuse(values: Any, where: str = "") -> None:
@@ -20,7 +22,7 @@ def refuse(values: Any, where: str = "") -> None:
     if isinstance(values, dict):
         for key, value in values.items():
             name = f"{where}.{key}" if where else str(key)
-            if isinstance(value, str) and value and (_NAME.search(str(key)) or _TOKEN.search(str(key))):
+            if _is_told(value) and (_NAME.search(str(key)) or _TOKEN.search(str(key))):
                 raise ValueError(f"{name} looks like a secret, and a run stores its configuration; let the problem read it from os.environ")
             refuse(value, name)
     elif isinstance(values, list | tuple):
@@ -28,6 +30,11 @@ def refuse(values: Any, where: str = "") -> None:
             refuse(value, f"{where}.{place}")
     elif isinstance(values, str) and _IN_URL.search(values):
         raise ValueError(f"{where} is a URL with a password, and a run stores its configuration; let the problem read it from os.environ")
+
+
+def _is_told(value: Any) -> bool:
+    """Whether a value is a text, or a list with one."""
+    return any(map(_is_told, value)) if isinstance(value, list | tuple) else isinstance(value, str) and bool(value)
 
 
 def masked(text: str) -> str:

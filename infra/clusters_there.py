@@ -14,7 +14,7 @@ from infra.cluster_spec import ClusterError, ClusterSpec, Tls
 from infra.clusters_here import SCHEDULER, quiet_log
 from infra.settings import Settings
 from infra.shards import GPU
-from infra.workers import check_threads
+from infra.workers import check_threads, said
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -63,13 +63,17 @@ def slurm(spec: ClusterSpec) -> "Iterator[Client]":
     if shutil.which("sbatch") is None:
         raise ClusterError('cluster.kind = "slurm": there is no command sbatch here; run tda where jobs are submitted')
     folder = Path(spec.slurm.folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ClusterError(f"cluster.slurm.folder = {str(folder)!r}: {error.strerror}; name one that can be written to") from error
     with quiet_log(), TemporaryDirectory(prefix=".tls-", dir=folder) as own:
-        tls = spec.tls or temporary_files(Path(own))
-        with (
-            SLURMCluster(n_workers=spec.workers, silence_logs=logging.CRITICAL, **slurm_options(spec, tls)) as cluster,
-            Client(cluster, set_as_default=False) as client,
-        ):
+        options = slurm_options(spec, spec.tls or temporary_files(Path(own)))
+        try:
+            opened = SLURMCluster(n_workers=spec.workers, silence_logs=logging.CRITICAL, **options)
+        except (OSError, RuntimeError, ValueError) as error:  # no such interface, or host, or port
+            raise ClusterError(f'cluster.kind = "slurm": {said(error)}; check interface and host of cluster.slurm') from error
+        with opened as cluster, Client(cluster, set_as_default=False) as client:
             _wait(client, Settings().worker_timeout, "no Slurm job started its worker; `squeue` says where they wait")
             yield client
 
@@ -119,8 +123,9 @@ def kubernetes(spec: ClusterSpec) -> "Iterator[Client]":
         try:
             opened = KubeCluster(namespace=asked.namespace, custom_cluster_spec=kubernetes_cluster(spec), quiet=True)
         except Exception as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ClusterError(f'cluster.kind = "kubernetes": {said}; check `kubectl get daskclusters -n {asked.namespace}`') from error
+            raise ClusterError(
+                f'cluster.kind = "kubernetes": {said(error)}; check `kubectl get daskclusters -n {asked.namespace}`'
+            ) from error
         with opened as cluster, Client(cluster, set_as_default=False) as client:
             _wait(client, Settings().worker_timeout, f"no worker pod started; `kubectl get pods -n {asked.namespace}` says why")
             yield client
@@ -171,10 +176,9 @@ def ssh(spec: ClusterSpec) -> "Iterator[Client]":
         try:
             opened = SSHCluster(security=files(spec.tls), silence_logs=logging.CRITICAL, **ssh_options(spec))
         except (asyncssh.Error, OSError, RuntimeError) as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
             hosts = ", ".join(spec.ssh.hosts if spec.ssh else ())
             raise ClusterError(
-                f'cluster.kind = "ssh": no cluster on {hosts} ({said}); try `ssh HOST` and cluster.ssh.python there'
+                f'cluster.kind = "ssh": no cluster on {hosts} ({said(error)}); try `ssh HOST` and cluster.ssh.python there'
             ) from error
         with opened as cluster, Client(cluster, set_as_default=False) as client:
             _wait(client, Settings().worker_timeout, "no worker started on the hosts of cluster.ssh")

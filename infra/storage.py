@@ -25,6 +25,8 @@ TRANSIENT_ERRNOS = {
     errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EINTR, errno.EIO,
     errno.ENETUNREACH, errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", errno.EIO),
 }  # fmt: skip
+#: S3's codes for a body that was damaged on its way (as in tda.patience); s3fs gives them the errno of refusals.
+DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
 SINGLE_PUT_LIMIT = 5 * 2**30  # bytes; S3 takes no larger object in one PUT
 SWEEPS = 3  # how often a writer begins again because another process swept its temporary file away
 CREATOR_KEY = "tda-creator"
@@ -163,6 +165,9 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
+        return True
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict) and response.get("Error", {}).get("Code") in DAMAGED:
         return True
     kinds = {kind.__name__ for kind in type(error).__mro__}
     # botocore's own, by name: it is not worth importing for a file: store. Both cover timeouts and closed or refused connections.

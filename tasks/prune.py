@@ -104,7 +104,7 @@ def plan(store: str, rules: Rules) -> Pruning:
         doomed = _doomed_run(store, run, found, outdated, rules)
         if doomed is not None:
             runs.append(doomed)
-        elif found and not found.get("complete"):
+        elif found and not found.get("complete"):  # under repair, too
             young += 1
     going = {each.name for each in runs}
     used = _Used(store, names=names_of_studies(store))
@@ -122,21 +122,29 @@ def plan(store: str, rules: Rules) -> Pruning:
 def delete(pruning: Pruning) -> Iterator[Doomed]:
     """Delete what was decided, one thing at a time; what was is given back after it is gone.
 
-    A run that began meanwhile keeps what it names, and what was written to meanwhile stays.
+    A run that began, or was resumed, meanwhile stays and keeps what it names, and what was written to meanwhile stays.
 
     Raises:
         StoreError: the store refuses.
     """
     store, rules = pruning.store, pruning.rules
     for run in pruning.runs:
-        _delete_run(run.url)
-        yield run
+        if _still(store, run, rules):
+            _delete_run(run.url)
+            yield run
     used = _Used(store, names=names_of_studies(store))
     for artifact in pruning.artifacts:
         used.look()
         if _unused(store, artifact.kind, artifact.name, used, rules) is not None:
             _delete_artifact(artifact.url)
             yield artifact
+
+
+def _still(store: str, doomed: Doomed, rules: Rules) -> bool:
+    """Whether a run that was to go is as it was: one that is just created has a folder a moment before its run.json."""
+    found = _manifests(store, [doomed.name])[0]
+    now = _doomed_run(store, doomed.name, found, {doomed.name: ""}, rules)
+    return now is not None and now.kind == doomed.kind
 
 
 def _delete_run(url: str) -> None:
@@ -168,7 +176,7 @@ def _outdated(manifests: Mapping[str, Mapping[str, Any] | None], rules: Rules) -
     """Complete runs that no rule protects, with the reason."""
     groups: dict[str, list[tuple[datetime, str]]] = {}
     for run, found in manifests.items():
-        if found and found.get("complete"):
+        if found and _counts(found):
             problem = f"{found.get('problem')} {found.get('config', {}).get('problem_options')}"
             groups.setdefault(problem, []).append((_created(found), run))
     gone: dict[str, str] = {}
@@ -179,6 +187,11 @@ def _outdated(manifests: Mapping[str, Mapping[str, Any] | None], rules: Rules) -
                 continue
             gone[run] = f"{_age(age)} old, {place} newer of its problem"
     return gone
+
+
+def _counts(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run is complete, or was until a repair of it began: that it is damaged is no reason to lose it."""
+    return bool(manifest.get("complete")) or "repairing" in manifest
 
 
 def _created(manifest: Mapping[str, Any]) -> datetime:
@@ -196,6 +209,8 @@ def _doomed_run(store: str, run: str, manifest: Mapping[str, Any] | None, outdat
         return _doomed("rest of a run", run, url, "its run.json is gone: an earlier deletion was interrupted")
     if manifest.get("complete"):
         return _doomed("run", run, url, outdated[run]) if run in outdated else None
+    if _counts(manifest) and run not in outdated:
+        return None
     found = _doomed("unfinished run", run, url, "")
     idle = rules.now - found.written
     return _why(found, f"nothing written for {_age(idle)}") if idle > rules.untouched else None

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tda import location
+from tda.errors import InputError
 
 #: Ground truth, which takes the longest of all to make again, and which evaluations share beyond what their manifests name.
 OF_EVALUATIONS = ("retrained", "retraining", "untrained")
@@ -18,12 +19,15 @@ OF_PLANS = ("averages",)
 def names_of_run(url: str, manifest: Mapping[str, Any] | None) -> set[str]:
     """Every fingerprint and digest that a run, its members and its stages name, and its evaluations. Digests: of checkpoints' weights.
 
+    A complete run also lists the artifacts that it was computed from, those among them that no fingerprint of it names.
+
     An artifact is kept for its name alone, whatever its kind: fingerprints of different kinds do not meet.
     """
     if not manifest:
         return set()
     stages = [stage.get("fingerprints", {}) for stage in manifest.get("stages", {}).values()]
-    return {*_texts([manifest.get("fingerprints", {}), manifest.get("members", []), stages]), *_evaluated(url)}
+    listed = [str(name).rpartition("/")[2] for name in manifest.get("artifacts", [])]
+    return {*_texts([manifest.get("fingerprints", {}), manifest.get("members", []), stages]), *listed, *_evaluated(url)}
 
 
 def _evaluated(url: str) -> Iterator[str]:
@@ -35,9 +39,13 @@ def _evaluated(url: str) -> Iterator[str]:
 
 
 def names_of_studies(store: str) -> set[str]:
-    """The artifacts that the studies of a store name: their trainings."""
+    """The artifacts that the studies of a store name: their trainings. Raises InputError where a study.json is damaged."""
     folder = location.join(store, "studies")
-    found = location.read_json_many([location.join(folder, name, "study.json") for name in location.list_names(folder)])
+    urls = [location.join(folder, name, "study.json") for name in location.list_names(folder)]
+    found = location.read_json_many(urls)
+    for url, study in zip(urls, found, strict=True):
+        if study is not None and not study:
+            raise InputError(f"{url} is damaged, so what its study uses is not known; delete its folder or mend it, then prune again")
     return {str(point.get("checkpoint", "")) for study in found for point in (study or {}).get("points", [])}
 
 

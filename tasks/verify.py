@@ -15,6 +15,8 @@ from tda.results import Run
 
 #: Artifacts without which a run still opens in full: that they are gone is told and no fault, since deleting them to save room is usual.
 SPARE = ("directions", "projections", "averages")
+#: Artifacts that grow with every question that shares them, and so never have a marker; what a run made of them has one.
+GROWING = ("retrained",)
 #: Artifacts of which single objects can be made again; of every other the whole is.
 BY_OBJECT = ("directions",)
 
@@ -73,6 +75,8 @@ def _run_sums(url: str, told: dict[str, Any]) -> Sums:
 def _check_artifact(store: str, name: str) -> Checked:
     kind, _, mark = str(name).partition("/")
     url, folder = layout.artifact(store, kind, mark), f"artifacts/{name}"
+    if kind in GROWING:
+        return Checked(folder, 0, 0, note="grows with every use, and is not compared; what this run made of it is")
     marker = location.join(url, "complete.json")
     try:
         sums = checksums.read(marker)
@@ -89,6 +93,20 @@ def _check_artifact(store: str, name: str) -> Checked:
 
 def _checked(folder: str, sums: Sums, faults: Sequence[Fault]) -> Checked:
     return Checked(folder, len(sums), sum(entry[0] for entry in sums.values()), tuple(faults))
+
+
+def digests(store: str, some: Sequence[Checked]) -> dict[str, str]:
+    """One digest of all sums of each artifact among some folders, where its marker is whole: what it has to be once it is made again."""
+    found = {}
+    for each in some:
+        if each.folder.startswith("artifacts/"):
+            try:
+                sums = checksums.read(location.join(store, each.folder, "complete.json"))
+            except (FileNotFoundError, InputError):
+                continue
+            if sums is not None:
+                found[each.folder] = str(checksums.signed({"objects": sums})["sha256"])
+    return found
 
 
 def take_away(store: str, found: Checked) -> None:

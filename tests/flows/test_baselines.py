@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tasks.verify import check
 from tda.results import Run
 from tests.flows.runs import PROBLEM, attribute, write_config
 
@@ -69,3 +70,10 @@ def test_the_manifest_states_what_was_drawn_reused_and_damped(run: Run) -> None:
     assert {"projections (16, seed 0)", "projections (16, seed 1)", "retraining (0.5 12 1, seed 0)"} <= set(told["reused"])
     assert "retraining (0.5 12 1, seed 1)" not in told["reused"], "one for all members: nothing that an earlier run had"
     assert Path(f"{run.url}/report.html".removeprefix("file://")).exists()
+
+
+def test_a_sound_run_is_verified_as_sound(run: Run) -> None:
+    """Also what was retrained, which grows with every run that shares it and never is complete."""
+    found = check(run)
+    assert [(each.folder, fault) for each in found for fault in each.faults] == []
+    assert [each.folder.split("/")[1] for each in found if each.note] == ["retrained"]

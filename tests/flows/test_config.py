@@ -110,6 +110,10 @@ def test_overrides_win_over_the_file_and_reach_into_tables(tmp_path: Path) -> No
         ("", '[cluster]\nkind = "address"', 'digits.toml: cluster.kind = "address" needs cluster.address'),
         ("", '[cluster]\naddress = "tcp://h:1"', 'digits.toml: cluster.address = "tcp://h:1" is used only with cluster.kind = "address"'),
         ("", '[cluster]\nmemory_limit = "much"', "digits.toml: cluster.memory_limit must be a number of bytes or a text"),
+        ("", '[cluster]\nmemory_limit = "1.2.3GiB"', "digits.toml: cluster.memory_limit must be a number of bytes or a text"),
+        ("", '[cluster]\nmemory_limit = "0GiB"', "digits.toml: cluster.memory_limit must be a number of bytes or a text"),
+        ("", '[cluster]\nmemory_limit = ".GiB"', "digits.toml: cluster.memory_limit must be a number of bytes or a text"),
+        ("", '[cluster]\nkind = "ssh"\n[cluster.ssh]\nhosts = "node1"', "digits.toml: cluster.ssh.hosts must be a list"),
         (
             "",
             '[cluster]\nkind = "address"\naddress = "tcp://h:1"\nworkers = 8',

@@ -142,6 +142,17 @@ def test_a_firing_shows_its_progress_the_top_and_where_things_are(config: Path, 
     assert [line.count(" | ") for line in table] == [2] * 6, "a head, and five queries with both ends each"
 
 
+def test_a_firing_that_scores_candidates_alone_shows_the_top_of_them(config: Path, cluster: str, tmp_path: Path) -> None:
+    config.write_text(f"{config.read_text()}[candidates]\nrandom = 4\n")
+    state = fire(config, tmp_path / "store", cluster)
+    assert state.name == "Completed", state.message
+    run = tda.open_run(tmp_path / "store")
+    table = [line for line in nightly_told.page(run, []).splitlines() if line.startswith("| ")]
+    best = run.top(0, k=1)["train"].item()
+    assert [line.count(" | ") for line in table] == [2] * 6
+    assert f": {best} (label" in table[1]
+
+
 def test_without_a_checkpoint_the_second_firing_finds_the_trained_model_and_does_nothing(
     config: Path, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

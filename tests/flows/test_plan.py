@@ -168,7 +168,10 @@ def test_the_command_prints_a_plan_writes_nothing_and_refuses_with_status_2(tmp_
     assert "(timed on one shard)" in capsys.readouterr().out
     assert status([*arguments, "--untimed", "--set", 'cluster.memory_limit="100MiB"']) == BAD_INPUT
     assert "a worker has 100 MiB; even with query_block = 1" in capsys.readouterr().err
-    assert status([*arguments, "--flops", "0"]) == BAD_INPUT
+    for flops in ("0", "inf", "nan"):
+        assert status([*arguments, "--flops", flops]) == BAD_INPUT
+    assert status([*arguments, "--untimed", "--set", "candidates.random=4"]) == 0
+    assert "but      all training examples are planned" in capsys.readouterr().out
     assert not store.exists()
 
 

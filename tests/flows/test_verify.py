@@ -169,6 +169,32 @@ def test_a_repair_that_was_killed_is_finished_by_the_same_command(store: Path, m
     assert kept(store) == before
 
 
+def test_what_is_made_again_to_other_bytes_is_told(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on another machine: its marker tells of other bytes than are computed here; also where the repair is killed in between."""
+    from flows import repair
+
+    marker = next(store.glob("artifacts/factors/*/complete.json"))
+    stored = json.loads(marker.read_text())
+    name = next(iter(stored["objects"]))
+    stored["objects"][name][1] = "0" * 64
+    marker.write_text(json.dumps(checksums.signed(stored)))
+    run = tda.open_run(store)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repair, "mend", killed)
+        assert status(["verify", "--repair", "--store", str(store)]) == 130
+    capsys.readouterr()
+    assert status(["verify", run.id, "--repair", "--store", str(store)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith(f"artifacts/factors/{marker.parent.name}: made again, and its bytes are others")
+    assert faults(store) == []
+
+
 def test_a_run_on_s3_is_verified_and_repaired_alike(complete: Path, moto_s3: str, capsys: pytest.CaptureFixture[str]) -> None:
     fs, url = fsspec.filesystem("s3", use_listings_cache=False), f"{moto_s3}/store"
     fs.put(f"{complete}/store", url, recursive=True)

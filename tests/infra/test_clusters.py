@@ -257,6 +257,22 @@ def test_without_slurm_s_commands_the_kind_slurm_is_refused(slurm: ClusterSpec, 
         pass
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"interface": "no0"}, "'no0' is not a valid network interface"), ({"folder": "/dev/null"}, r"cluster\.slurm\.folder = '/dev/null'")],
+)
+def test_a_place_where_no_scheduler_of_slurm_can_stand_is_refused(
+    slurm: ClusterSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: dict[str, str], says: str
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.slurm is not None
+    spec = ClusterSpec(**vars(slurm) | {"slurm": slurm.slurm.model_copy(update=wrong)})
+    with pytest.raises(ClusterError, match=says), open_cluster(spec):
+        pass
+
+
 def test_a_kubernetes_cluster_is_given_what_its_workers_use_and_names_its_secrets_only() -> None:
     options = Kubernetes(image="registry/tda:1", namespace="lab", service_account="tda", secrets=("s3",), gpus=1)
     found = clusters_there.kubernetes_cluster(ClusterSpec(kind="kubernetes", kubernetes=options, **SIZES))

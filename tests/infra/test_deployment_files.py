@@ -195,6 +195,12 @@ def test_the_image_is_pinned_and_does_not_run_as_root() -> None:
     assert copied == allowed
 
 
+def test_workers_are_started_without_the_profiler_that_may_stop_them_for_good() -> None:
+    """docs/reliability.md asks it of everybody who starts workers."""
+    for name in ("Dockerfile", "slurm/dask.sbatch"):
+        assert "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False" in (INFRA / name).read_text().split()
+
+
 def test_the_job_script_of_slurm_is_a_script_that_slurm_reads() -> None:
     script = INFRA / "slurm" / "dask.sbatch"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0

@@ -254,3 +254,12 @@ def test_a_writer_whose_temporary_file_another_process_sweeps_away_writes_again(
     assert len(swept) == 2
     assert [file.name for file in (tmp_path / "folder").iterdir()] == ["object"]
     assert (tmp_path / "folder" / "object").read_bytes() == b"data"
+
+
+@pytest.mark.parametrize(("code", "again"), [("BadDigest", True), ("IncompleteBody", True), ("InvalidArgument", False)])
+def test_a_body_that_was_damaged_on_its_way_is_sent_again_and_a_refusal_is_not(code: str, again: bool) -> None:
+    from botocore.exceptions import ClientError
+    from s3fs.errors import translate_boto_error
+
+    refused = ClientError({"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": 400}}, "PutObject")
+    assert storage.is_transient(translate_boto_error(refused)) is again

@@ -130,6 +130,14 @@ def test_a_store_with_studies_keeps_what_they_share(store: Store) -> None:
     assert "c-study" not in {each.name for each in plan(store.url, rules(1)).artifacts}
 
 
+def test_a_study_that_cannot_be_read_stops_it_before_anything_is_deleted(store: Store) -> None:
+    store.put("studies/s/study.json", [1], 50)
+    before = store.names()
+    with pytest.raises(InputError, match=r"studies/s/study.json is damaged, so what its study uses is not known"):
+        list(delete(plan(store.url, rules(1))))
+    assert store.names() == before
+
+
 def test_nothing_that_may_be_at_work_is_touched(store: Store) -> None:
     store.run("young", 0.5, complete=False)
     store.run("busy", 40, complete=False)
@@ -157,6 +165,38 @@ def test_what_came_into_use_meanwhile_stays(store: Store) -> None:
     for name in ("factors/wanted", "directions/d-b", "factors/grown"):
         assert store.there(f"artifacts/{name}")
     assert not store.there("artifacts/factors/f-b")
+
+
+def test_a_run_whose_repair_was_interrupted_counts_as_the_complete_one_that_it_was(store: Store) -> None:
+    store.run("broken", 5, complete=False, repairing=True)
+    assert dropped(store, 1) == ["a", "b", "c", "d"], "it is the newest"
+    assert dropped(store, 5) == []
+    store.run("e", 1)
+    assert dropped(store, 1) == ["a", "b", "broken", "c", "d"]
+    store.put("runs/broken/receipts/7", "x", 0.1)  # somebody repairs it now
+    assert dropped(store, 1) == ["a", "b", "c", "d"]
+
+
+def test_a_run_that_is_created_or_resumed_while_others_are_deleted_stays(store: Store) -> None:
+    store.run("idle", 40, complete=False)
+    store.run("idling", 40, complete=False)
+    born = "runs/new/.run.json.0.partial"  # so a folder looks a moment before its run.json is there
+    store.put(born, "x", 0)
+    pruning = plan(store.url, rules(4))
+    assert {each.name for each in pruning.runs} == {"idle", "idling", "new"}
+    store.put("runs/new/run.json", {"schema_version": 1, "complete": False}, 0)
+    store.put("runs/idle/receipts/7", "x", 0)
+    assert [each.name for each in delete(pruning) if "run" in each.kind] == ["idling"]
+    assert store.there("runs/new")
+    assert store.there("runs/idle")
+    assert store.there("artifacts/factors/f-idle")
+
+
+def test_whatever_a_complete_run_lists_stays_with_it(store: Store) -> None:
+    store.artifact("averages", "mean", 100)
+    store.artifact("retrained", "models", 100)
+    store.run("e", 5, artifacts=["averages/mean", "retrained/models"])
+    assert plan(store.url, rules(5)).all == ()
 
 
 @pytest.mark.parametrize("kept", [1, 2])
