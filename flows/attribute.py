@@ -109,7 +109,7 @@ def request_of(config: RunConfig) -> prepare.Request:
     return prepare.Request(
         subject, location.resolve(config.store), config.seed, config.products, methods, config.batch_size, config.shard_size,
         config.query_block, config.self_influence, config.ensemble, chosen,
-        config.batch_tokens,
+        config.batch_tokens, config.layer_block,
     )  # fmt: skip
 
 

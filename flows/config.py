@@ -106,6 +106,8 @@ class RunConfig(_Table):
     """Tokens of a forward pass, padding counted, in place of batch_size; None: chosen from the sizes where a problem tells its lengths."""
     shard_size: Count | None = None
     """Training examples per shard, the unit of work and of resumption; None: chosen from the sizes."""
+    layer_block: Count | None = None
+    """Layers whose Kronecker factors are summed in one pass over the data; None: all."""
     query_block: Count | None = None
     query_rank: Count | None = None
     """Terms in which methods keep each layer's directions, where their own tables say nothing; None: in full."""

@@ -174,7 +174,7 @@ def _fit_factors(job: factors.FactorJob, kind: str) -> None:
     run, before = here().shards, _begin(job.url)
     factors.create_factors(job)
     for sums, label in (("covariance", "covariances"), ("eigenvalues", "eigenvalues")):
-        run(factors.sum_shard, [factors.Node(job, sums, 0, part) for part in range(job.parts)], f"{label} ({kind})")  # type: ignore[arg-type]
+        run(factors.sum_shard, factors.leaves(job, sums), f"{label} ({kind})")  # type: ignore[arg-type]
         for level in factors.levels(job, sums):  # type: ignore[arg-type]
             run(factors.reduce_node, level, f"sum {label} ({kind})")
         if sums == "covariance":

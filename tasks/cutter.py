@@ -224,7 +224,8 @@ class Cutter:
         seed = self.seed if fit.of == "sampled" else 0
         common = self._common(subjects[0]) | ({"pooled": [s.weights for s in subjects]} if len(subjects) > 1 else {})
         url = layout.artifact(store, "factors", fingerprint("factors", fisher=fit.of, seed=seed, shard=self.shard, **common))
-        return FactorJob(url, subjects, fit.of, seed, examples, self.shard, self.batch, self.request.products, self.tokens)  # type: ignore[arg-type]
+        more = (self.request.products, self.tokens, self.request.layer_block)
+        return FactorJob(url, subjects, fit.of, seed, examples, self.shard, self.batch, *more)  # type: ignore[arg-type]
 
     def _unrolled(self, method: Method) -> Unrolled:
         """The segments of the training, for a method that needs them."""

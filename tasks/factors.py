@@ -1,12 +1,13 @@
 """Fitting factors: partial sums per shard of training examples, a fixed reduction tree, one eigendecomposition per layer.
 
-    partial/covariance/<level>/<node>.safetensors    level 0: one per part; each level above sums FANOUT nodes
-    partial/eigenvalues/<level>/<node>.safetensors   likewise, in the eigenbasis
-    factors.zarr/layers/<layer>/...                  bases and spectra
-    complete.json                                    last
+    partial/covariance/<first layer>/<level>/<node>.safetensors    level 0: one per part; each level above sums FANOUT nodes
+    partial/eigenvalues/<first layer>/<level>/<node>.safetensors   likewise, in the eigenbasis
+    factors.zarr/layers/<layer>/...                                bases and spectra
+    complete.json                                                  last
 
 A part is a shard of the training examples at one checkpoint. Most fits are of one checkpoint; those of a segment of the training pool
-several: every mean is then over examples and checkpoints.
+several: every mean is then over examples and checkpoints. A pass over a part sums all layers, or where the job says so a few: what is
+held at a time is then theirs alone, for a pass over the data for each few. The numbers are the same bit for bit.
 
 Every object is written whole; a task whose object is there already does nothing, so a fit that was interrupted goes on where it was.
 Nor does a task of a fit that is complete: two runs may compute the same fit at once, and the first to complete it sweeps partial/.
@@ -49,6 +50,7 @@ class FactorJob:
     """One fit: where it is stored, of what, with which labels, and how it is cut up.
 
     subjects: the same model and data at one checkpoint, or at several that are pooled. batch_tokens: in place of batch_size, where set.
+    layer_block: layers that are summed in one pass; None: all.
     """
 
     url: str
@@ -60,6 +62,7 @@ class FactorJob:
     batch_size: int
     products: Products
     batch_tokens: int | None = None
+    layer_block: int | None = None
 
     @property
     def subject(self) -> Subject:
@@ -89,32 +92,50 @@ class FactorJob:
 
 @dataclass(frozen=True)
 class Node:
-    """One node of a reduction tree."""
+    """One node of a reduction tree. first: of the layers that it sums."""
 
     job: FactorJob
     sums: Sums
     level: int
     index: int
+    first: int = 0
 
     @property
     def url(self) -> str:
         """Where its sums are."""
-        return location.join(self.job.url, "partial", self.sums, str(self.level), f"{self.index:06d}.safetensors")
+        return location.join(self.job.url, "partial", self.sums, f"{self.first:06d}", str(self.level), f"{self.index:06d}.safetensors")
+
+    @property
+    def layers(self) -> slice:
+        """The places of its layers among the blocks."""
+        return slice(self.first, None if self.job.layer_block is None else self.first + self.job.layer_block)
+
+
+def firsts(job: FactorJob) -> range:
+    """The first layer of each pass."""
+    count = len(open_subject(job.subject).attributed.blocks)
+    return range(0, count, job.layer_block or count)
+
+
+def leaves(job: FactorJob, sums: Sums) -> list[Node]:
+    """The nodes that sum one part each, for every pass."""
+    return [Node(job, sums, 0, part, first) for first in firsts(job) for part in range(job.parts)]
 
 
 def levels(job: FactorJob, sums: Sums) -> list[list[Node]]:
-    """The reduction tree's nodes above the parts, level by level; empty for a single part."""
+    """The reduction trees' nodes above the parts, level by level; empty for a single part."""
     found, count, level = [], job.parts, 0
     while count > 1:
         count, level = -(-count // FANOUT), level + 1
-        found.append([Node(job, sums, level, index) for index in range(count)])
+        found.append([Node(job, sums, level, index, first) for first in firsts(job) for index in range(count)])
     return found
 
 
-def root(job: FactorJob, sums: Sums) -> Node:
-    """The node that holds the sums over all examples."""
+def root(job: FactorJob, sums: Sums, layer: int) -> Node:
+    """The node that holds a layer's sums over all examples."""
+    first = max(first for first in firsts(job) if first <= layer)
     above = levels(job, sums)
-    return above[-1][0] if above else Node(job, sums, 0, 0)
+    return next(node for node in (above[-1] if above else leaves(job, sums)) if node.first == first)
 
 
 def _done(job: FactorJob, url: str) -> bool:
@@ -131,13 +152,16 @@ def sum_shard(node: Node) -> dict[str, Any]:
         opened = open_subject(subject)
         size = opened.batching("train", job.batch_size, job.batch_tokens)
         options: dict[str, Any] = {"fisher": job.fisher, "seed": job.seed, "batch_size": size, "products": job.products}
+        options["layers"] = node.layers
         if node.sums == "covariance":
             covariances = covariance_sums(opened.attributed, opened.train, ids, **options)
-            tensors = {f"{b}/{side}": getattr(c, side) for b, c in enumerate(covariances) for side in ("out", "in_", "positions")}
+            tensors = {
+                f"{b}/{side}": getattr(c, side) for b, c in enumerate(covariances, node.first) for side in ("out", "in_", "positions")
+            }
         else:
-            factors = load_factors(job.url, opened.attributed.blocks, eigenvalues=False)
+            factors = load_factors(job.url, opened.attributed.blocks, eigenvalues=False, layers=node.layers)
             found = eigenvalue_sums(opened.attributed, factors, opened.train, ids, **options)
-            tensors = {f"{b}/eigenvalues": t for b, t in enumerate(found)}
+            tensors = {f"{b}/eigenvalues": t for b, t in enumerate(found, node.first)}
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             _explain(opened, job, ids)
         write_tensors(node.url, tensors)
@@ -161,10 +185,12 @@ def reduce_node(node: Node) -> dict[str, Any]:
     """Sum a node's children in order, in float64, and write the sum."""
     started = time.perf_counter()
     if not _done(node.job, node.url):
-        below = node.job.parts if node.level == 1 else len(levels(node.job, node.sums)[node.level - 2])
+        below = node.job.parts
+        for _ in range(node.level - 1):
+            below = -(-below // FANOUT)
         total: dict[str, Tensor] = {}
         for child in range(node.index * FANOUT, min((node.index + 1) * FANOUT, below)):
-            for name, tensor in read_tensors(Node(node.job, node.sums, node.level - 1, child).url).items():
+            for name, tensor in read_tensors(Node(node.job, node.sums, node.level - 1, child, node.first).url).items():
                 total[name] = tensor.double() if name not in total else total[name].add_(tensor)
         write_tensors(node.url, total)
     return {"seconds": time.perf_counter() - started}
@@ -206,7 +232,7 @@ def decompose_layer(task: tuple[FactorJob, int]) -> dict[str, Any]:
     receipt = location.join(job.url, "partial", "bases", f"{layer:06d}.json")
     if not _done(job, receipt):
         attributed = open_subject(job.subject).attributed
-        sums = read_tensors(root(job, "covariance").url, lambda name: name.startswith(f"{layer}/"))
+        sums = read_tensors(root(job, "covariance", layer).url, lambda name: name.startswith(f"{layer}/"))
         covariance = Covariance(*(sums[f"{layer}/{side}"] for side in ("out", "in_", "positions")))
         factor = decompose(attributed.blocks[layer], covariance, job.count, attributed.dtype)
         group = _layer(location.open_group(location.join(job.url, "factors.zarr"), "r+"), layer)
@@ -223,11 +249,10 @@ def finish_factors(job: FactorJob) -> dict[str, Any]:
     started = time.perf_counter()
     if not layout.is_complete(job.url):
         blocks = open_subject(job.subject).attributed.blocks
-        sums = root(job, "eigenvalues")
         sums_of: dict[str, list[Any]] = {}
         group = location.open_group(location.join(job.url, "factors.zarr"), "r+", sums_of)
         for b, block in enumerate(blocks):
-            total = read_tensors(sums.url, lambda name, b=b: name.startswith(f"{b}/"))[f"{b}/eigenvalues"]  # type: ignore[misc]
+            total = read_tensors(root(job, "eigenvalues", b).url, lambda name, b=b: name.startswith(f"{b}/"))[f"{b}/eigenvalues"]  # type: ignore[misc]
             _write(_layer(group, b), "eigenvalues", total.double() / job.count)
             for name in _shapes(block):
                 if not np.isfinite(np.asarray(_layer(group, b)[name][...])).all():

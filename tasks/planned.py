@@ -38,6 +38,7 @@ class Paper:
         return Work(
             shapes, self.methods, self.examples, self.queries, cut.batch, cut.scoring, cut.shard, cut.queries, cut.block,
             request.self_influence, workers, request.ensemble, not request.subject.checkpoint and self.opened is not None, self.epochs,
+            request.layer_block,
         )  # fmt: skip
 
 
@@ -94,11 +95,13 @@ def _cut(paper: Paper, changes: dict[str, int]) -> Paper:
 
 
 def _changes(work: Work) -> Iterator[dict[str, int]]:
-    """The smallest change first: fewer queries at a time, then fewer examples, then both."""
+    """The smallest change first: fewer queries at a time, then fewer examples, then fewer layers, then queries and examples."""
     queries = [2**k for k in reversed(range((min(work.query_block, work.queries) - 1).bit_length()))]
     batches = [2**k for k in reversed(range((work.batch - 1).bit_length()))]
     yield from ({"query_block": block} for block in queries)
     yield from ({"batch_size": batch} for batch in batches)
+    layers = [2**k for k in reversed(range((len(work.layers[0]) - 1).bit_length()))]
+    yield from ({"layer_block": layer} for layer in layers)
     yield from ({"query_block": block, "batch_size": min(batches, default=1)} for block in queries)
 
 

@@ -49,6 +49,7 @@ class Request:
     ensemble: int = 1
     candidates: str = ""
     batch_tokens: int | None = None
+    layer_block: int | None = None
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done: shapes, sizes and methods. block(vectors): queries held at a time."""
+    """What is to be done: shapes, sizes and methods. block(vectors): queries held at a time; layer_block: layers summed in one pass."""
 
     shapes: Shapes
     methods: Sequence[Method]
@@ -71,6 +71,13 @@ class Work:
     members: int = 1
     trained: bool = False
     epochs: int | None = None
+    layer_block: int | None = None
+
+    @property
+    def layers(self) -> list[Sequence[Block]]:
+        """The layers of each pass of a fit."""
+        blocks, count = self.shapes.blocks, self.layer_block or len(self.shapes.blocks)
+        return [blocks[first : first + count] for first in range(0, len(blocks), count)]
 
     @property
     def shards(self) -> int:
@@ -159,30 +166,32 @@ def _kronecker(work: Work, fit: Fit) -> list[Stage]:
     blocks, itemsize, checkpoints = work.shapes.blocks, work.shapes.itemsize, 1
     passes, parts, label = backward(work, fit.of), work.shards * checkpoints, f"({fit.key})"
     covariances, spectra = bases(blocks) * itemsize, sum(b.size for b in blocks) * itemsize
+    passed, few = len(work.layers), max(bases(some) for some in work.layers) * itemsize
+    seen = max(sum(b.size for b in some) for some in work.layers) * itemsize
     weights, model = work.shapes.total * itemsize, work.opened
     batch, widest = work.batch_bytes(work.batch), max((n for b in blocks for n in _sides(b)), default=0)
-    taken = forward(blocks) * (1 + passes)
+    taken = forward(blocks) * (1 + passes) * passed
     moments = sum(b.positions * b.groups * (_products(b.out) * b.rotates_out * passes + _products(b.in_) * b.rotates_in) for b in blocks)
     rotations = sum(_rotation(b, passes) for b in blocks)
     n, workers = work.examples * checkpoints, min(work.workers, parts)
     eigh = sum(EIGEN_FLOPS * b.groups * float(side) ** 3 for b in blocks for side in _sides(b))
     factors = (bases(blocks) + _spectra(blocks)) * itemsize
 
-    def summed(of: str, size: int) -> list[Stage]:
+    def summed(of: str, size: int, held: int) -> list[Stage]:
         nodes = list(_levels(parts))
         read = sum(nodes[k - 1] if k else parts for k in range(len(nodes))) * 2 * size
-        memory = model | {"sums in float64": 2 * 8 * size // itemsize, "a part's sums": size}
-        return [Stage(f"sum {of} {label}", sum(nodes), 0.0, memory, read, sum(nodes) * 2 * size)] if nodes else []
+        memory = model | {"sums in float64": 2 * 8 * held // itemsize, "a part's sums": held}
+        return [Stage(f"sum {of} {label}", passed * sum(nodes), 0.0, memory, read, sum(nodes) * 2 * size)] if nodes else []
 
     return [
-        Stage(f"covariances {label}", parts, n * (taken + moments), model | {"batch": batch, "covariances": 2 * covariances},
+        Stage(f"covariances {label}", passed * parts, n * (taken + moments), model | {"batch": batch, "covariances": 2 * few},
               workers * weights, parts * covariances),
-        *summed("covariances", covariances),
+        *summed("covariances", covariances, few),
         Stage(f"eigendecompositions {label}", len(blocks), eigh, model | {"the widest layer": EIGEN_MATRICES * 8 * widest**2},
               covariances * 2, bases(blocks) * itemsize, bases(blocks) * itemsize),
-        Stage(f"eigenvalues {label}", parts, n * (taken + rotations),
-              model | {"batch": batch, "bases": covariances, "eigenvalues": 2 * spectra}, parts * covariances, parts * spectra),
-        *summed("eigenvalues", spectra),
+        Stage(f"eigenvalues {label}", passed * parts, n * (taken + rotations),
+              model | {"batch": batch, "bases": few, "eigenvalues": 2 * seen}, parts * covariances, parts * spectra),
+        *summed("eigenvalues", spectra, seen),
         Stage(f"finish factors {label}", 1, 0.0, model | {"the largest layer": 4 * itemsize * max(b.size for b in blocks)},
               2 * spectra + factors, spectra, factors - bases(blocks) * itemsize),
     ]  # fmt: skip

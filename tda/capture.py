@@ -162,20 +162,22 @@ class Tape:
             value = function(outputs, self._batch.targets if targets is None else targets)
             return torch.autograd.grad(value.sum(), outputs)[0].to(self.outputs.dtype)
 
-    def pairs(self, seed: Tensor, *, last: bool = True, apart: bool = False) -> Iterator[list[Pair]]:
+    def pairs(self, seed: Tensor, *, last: bool = True, apart: bool = False, layers: slice | None = None) -> Iterator[list[Pair]]:
         """For each block in order, the pairs whose summed products are the per-example gradients of sum(outputs * seed).
 
-        last: whether the graph may be freed. apart: whether scales and shifts keep their positions, too.
+        last: whether the graph may be freed. apart: whether scales and shifts keep their positions, too. layers: of these blocks alone.
         Blocks are made one at a time, so that only one layer's patches are in memory.
         """
-        calls = [call for calls in self._calls.values() for call in calls]
+        blocks = self._blocks if layers is None else self._blocks[layers]
+        keys = {block.weight or block.bias or "" for block in blocks}
+        calls = [call for key, calls in self._calls.items() if key in keys for call in calls]
         edges = [call.edge for call in calls]
         found: Sequence[Tensor | None] = (
             torch.autograd.grad(self.outputs, edges, seed, retain_graph=not last, allow_unused=True) if edges else ()
         )
         gradients = {id(call): _or_zeros(gradient, call.output) for call, gradient in zip(calls, found, strict=True)}
-        direct = self._direct([block for block in self._blocks if block.direct], seed)
-        for block in self._blocks:
+        direct = self._direct([block for block in blocks if block.direct], seed)
+        for block in blocks:
             yield [direct[block.name]] if block.direct else self._read(block, gradients, apart=apart)
 
     def _read(self, block: Block, gradients: dict[int, Tensor], *, apart: bool) -> list[Pair]:

@@ -37,18 +37,23 @@ def covariance_sums(
     seed: int,
     batch_size: Batching,
     products: Products = "full",
+    layers: slice | None = None,
 ) -> list[Covariance]:
-    """Sums over examples `ids` of A = sum_t a_t a_t^T and S = E_y sum_t s_t s_t^T for every block (Grosse et al. 2023, eq. 17)."""
-    sums = [_zeros(block, attributed.dtype) for block in attributed.blocks]
+    """Sums over examples `ids` of A = sum_t a_t a_t^T and S = E_y sum_t s_t s_t^T for every block (Grosse et al. 2023, eq. 17).
+
+    layers: for these blocks alone; no sum depends on which are taken together.
+    """
+    blocks = attributed.blocks if layers is None else attributed.blocks[layers]
+    sums = [_zeros(block, attributed.dtype) for block in blocks]
     with fast_float32():
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
             tape = attributed.tape(batch)
             for output_gradient, first, last in seeds(attributed.problem, tape, batch, part, fisher, seed):
-                for total, pairs in zip(sums, tape.pairs(output_gradient, last=last), strict=True):
+                for total, pairs in zip(sums, tape.pairs(output_gradient, last=last, layers=layers), strict=True):
                     for pair in pairs:
                         _add(total, pair, first, products)
-    for block, total in zip(attributed.blocks, sums, strict=True):
+    for block, total in zip(blocks, sums, strict=True):
         for matrix, rotated in ((total.out, block.rotates_out), (total.in_, block.rotates_in)):
             if rotated:
                 _mirror(matrix)

@@ -59,7 +59,7 @@ def _eigh(matrix: Tensor, rotated: bool) -> tuple[Tensor, Tensor | None]:
     return values.clamp(min=0), vectors
 
 
-def eigenvalue_sums(
+def eigenvalue_sums(  # noqa: PLR0913  (the options of every pass over the data)
     attributed: Attributed,
     factors: Sequence[Factor],
     dataset: Any,
@@ -69,20 +69,23 @@ def eigenvalue_sums(
     seed: int,
     batch_size: Batching,
     products: Products = "full",
+    layers: slice | None = None,
 ) -> list[Tensor]:
     """Sums over examples of (U_S^T D_i U_A)^2, (groups, out, in) for every block; divided by the number of examples they are Lambda.
 
+    layers: for these blocks alone, whose factors are given; no sum depends on which are taken together.
     The labels are the same as in `covariance_sums`. The form is chosen from shapes, see `tda.costs`.
     """
-    sums = [torch.zeros(b.groups, b.out, b.in_, dtype=attributed.dtype) for b in attributed.blocks]
+    blocks = attributed.blocks if layers is None else attributed.blocks[layers]
+    sums = [torch.zeros(b.groups, b.out, b.in_, dtype=attributed.dtype) for b in blocks]
     bases = [replace(f, basis_out=_cast(f.basis_out, products), basis_in=_cast(f.basis_in, products)) for f in factors]
     with fast_float32():
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
             tape = attributed.tape(batch)
             for output_gradient, _, last in seeds(attributed.problem, tape, batch, part, fisher, seed):
-                found = tape.pairs(output_gradient, last=last)
-                for block, factor, total, pairs in zip(attributed.blocks, bases, sums, found, strict=True):
+                found = tape.pairs(output_gradient, last=last, layers=layers)
+                for block, factor, total, pairs in zip(blocks, bases, sums, found, strict=True):
                     _add_squares(block, factor, total, pairs, products)
     return sums
 

@@ -124,7 +124,7 @@ def measured(sequences: int, queries: int, width: int, more: str) -> dict[str, f
             assert isinstance(job, factors.FactorJob)
             factors.create_factors(job)
             for sums in ("covariance", "eigenvalues"):
-                for node in (factors.Node(job, sums, 0, part) for part in range(job.parts)):
+                for node in factors.leaves(job, sums):
                     factors.sum_shard(node)
                 for level in factors.levels(job, sums):
                     for node in level:

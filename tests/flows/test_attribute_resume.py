@@ -137,7 +137,7 @@ def test_a_shard_that_always_fails_ends_the_run_with_one_line_and_the_way_on(
     for words in ("stage 'covariances", "shard 4: RuntimeError: example 9 is cursed", f"kept in file://{store}", f"`tda run {config}"):
         assert words in told[0]
     assert not left_behind(str(tmp_path))
-    partial = list(store.glob("artifacts/factors/*/partial/covariance/0/*"))
+    partial = list(store.glob("artifacts/factors/*/partial/covariance/000000/0/*"))
     kept = {file: file.stat().st_mtime_ns for file in partial}
     assert kept, "the other shards are kept"
     (traps / "fail-9").unlink()
@@ -176,7 +176,7 @@ def test_ctrl_c_ends_a_run_with_one_line_no_orphans_and_the_same_command_resumes
     store = tmp_path / "store"
     (traps / "slow").touch()
     process = command("run", config, "--store", store, marker=str(tmp_path), own_api=True, start_new_session=True)
-    wait_until(lambda: len(list(store.glob("artifacts/factors/*/partial/covariance/0/*"))) >= 2, process)
+    wait_until(lambda: len(list(store.glob("artifacts/factors/*/partial/covariance/000000/0/*"))) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
     begin = time.monotonic()
     status, _, err = finished(process, timeout=30)

@@ -56,7 +56,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("more", ["", 'ensemble = 2\n[[methods]]\nname = "ggn"'])
+@pytest.mark.parametrize("more", ["", "layer_block = 1", 'ensemble = 2\n[[methods]]\nname = "ggn"'])
 def test_a_run_has_the_shards_and_writes_the_bytes_that_were_planned(
     tmp_path: Path, cluster: str, counted: dict[str, int], more: str
 ) -> None:
@@ -66,7 +66,7 @@ def test_a_run_has_the_shards_and_writes_the_bytes_that_were_planned(
     _, run = attribute(config, str(tmp_path / "store"), cluster)
     assert {name: counted[name] for name in plan} == {name: stage.shards for name, stage in plan.items()}
     assert counted.keys() - plan.keys() <= {"average", "verify the average"}
-    if more:  # the arrays of several models and of matrices are not looked at one by one
+    if methods:  # the arrays of several models and of matrices are not looked at one by one
         return
     kept = {name: stage.kept for name, stage in plan.items()}
     arrays = {name: array.nbytes for name, array in location.open_group(f"{run.url}/results.zarr", "r").arrays()}

@@ -24,7 +24,7 @@ def fit(job: factors.FactorJob, order: int = 1) -> None:
     """All tasks of a fit; within a stage in order (1) or backwards (-1)."""
     factors.create_factors(job)
     for sums in ("covariance", "eigenvalues"):
-        nodes = [factors.Node(job, sums, 0, part) for part in range(job.parts)]
+        nodes = factors.leaves(job, sums)
         for stage, level in ((factors.sum_shard, nodes), *((factors.reduce_node, level) for level in factors.levels(job, sums))):
             for node in level[::order]:
                 stage(node)

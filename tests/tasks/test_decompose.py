@@ -86,8 +86,8 @@ def compute(study: Study, point: Point) -> PointJob:
 def fit(job: factors.FactorJob) -> None:
     factors.create_factors(job)
     for sums in ("covariance", "eigenvalues"):
-        for part in range(job.parts):
-            factors.sum_shard(factors.Node(job, sums, 0, part))
+        for node in factors.leaves(job, sums):
+            factors.sum_shard(node)
         for level in factors.levels(job, sums):
             for node in level:
                 factors.reduce_node(node)

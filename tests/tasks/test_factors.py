@@ -33,6 +33,20 @@ def test_tasks_in_another_order_give_the_same_bytes(job: FactorJob) -> None:
     assert objects(job.url) == objects(other.url)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_summed_few_at_a_time_give_the_same_bytes_and_hold_their_own_sums_alone(
+    job: FactorJob, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(job, url=f"{job.url}-few", layer_block=layers)
+    fit(job)
+    written, write = [], factors.write_tensors
+    monkeypatch.setattr(factors, "write_tensors", lambda url, tensors: (written.append(set(tensors)), write(url, tensors)))
+    fit(few)
+    assert objects(few.url) == objects(job.url)
+    assert {len({name.split("/")[0] for name in names}) for names in written} == {layers, 3 % layers or layers}
+    assert set.union(*({name.split("/")[0] for name in names} for names in written)) == {"0", "1", "2"}
+
+
 def test_a_fit_killed_while_its_arrays_were_created_goes_on(job: FactorJob, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = replace(job, url=f"{job.url}-undisturbed")
     fit(undisturbed)
