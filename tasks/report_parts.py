@@ -29,6 +29,7 @@ def parting(plan: Plan) -> Parting | None:
     size = sum(block.size for block in opened.attributed.blocks)
 
     def parted(place: int, query: int, train: Sequence[int]) -> Parts | None:
+        """As `Parting` says."""
         scored, examples = plan.first.scores.methods[place], plan.inputs.examples
         method = scored.directions.parsed()
         if method.meets != "final" or method.cosine or method.unit == "correlation" or not method.takes_gradients:
