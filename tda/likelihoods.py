@@ -17,7 +17,11 @@ from tda.errors import InputError
 
 
 class Likelihood(Protocol):
-    """p(targets | outputs), seen through its negative logarithm."""
+    """p(targets | outputs), seen through its negative logarithm.
+
+    One whose loss is no negative log-likelihood, such as a mean of several, also has `sampled_loss(outputs, drawn)`, of shape (batch,):
+    what the sampled Fisher differentiates instead, with gradients g in the outputs such that E_drawn[g g^T] = Hessian of the loss.
+    """
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """-log p(targets | outputs) per example, shape (batch,), in nats."""
@@ -124,9 +128,18 @@ class TokenCategorical:
         """Cross-entropy summed (or averaged) over the labelled tokens of each example, shape (batch,), in nats."""
         token = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=self.ignore_index, reduction="none")
         total = token.view(targets.shape).sum(1)
-        if self.reduction == "sum":
-            return total
-        return total / (targets != self.ignore_index).sum(1).clamp(min=1)
+        return total if self.reduction == "sum" else total / self._labelled(targets)
+
+    def sampled_loss(self, outputs: Tensor, drawn: Tensor) -> Tensor:
+        """The loss where that is a sum over tokens; where it is the mean over T, sqrt(T) of it.
+
+        A mean of T negative log-likelihoods is none of its own: its Hessian is 1 / T of the sum's, its squared gradients are 1 / T^2.
+        """
+        loss = self.loss(outputs, drawn)
+        return loss if self.reduction == "sum" else loss * self._labelled(drawn).sqrt()
+
+    def _labelled(self, targets: Tensor) -> Tensor:
+        return (targets != self.ignore_index).sum(1).clamp(min=1)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise InputError unless outputs are (batch, tokens, vocabulary) and targets fit, ignored positions apart."""

@@ -25,7 +25,7 @@ def seeds(problem: Problem, tape: Tape, batch: Batch, ids: Sequence[int], fisher
         yield tape.seed(likelihood.loss), True, True
     elif fisher == "sampled":
         drawn = likelihood.sample(outputs, batch.targets, uniforms(seed, ids, likelihood.draws(outputs)).to(outputs.device))
-        yield tape.seed(likelihood.loss, drawn), True, True
+        yield tape.seed(getattr(likelihood, "sampled_loss", likelihood.loss), drawn), True, True
     else:
         columns = (column.to(tape.outputs.dtype) for column in likelihood.hessian_columns(outputs, batch.targets))
         column, first = next(columns), True

@@ -47,6 +47,25 @@ def test_the_loss_of_tokens_is_the_sum_or_the_mean_over_labelled_ones():
     assert TokenCategorical(ignore_index=0).loss(logits, other)[2] == 0
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_sampled_fisher_of_tokens_is_the_hessian_of_their_loss(reduction):
+    """Over all labels that may be drawn, weighted by their probability, also where an example has fewer labelled tokens."""
+    likelihood, outputs = TokenCategorical(reduction=reduction), drawn(2, 3, 4)
+    targets = torch.tensor([[1, 2, 0], [3, -100, 1]])
+    fisher = torch.zeros(2, 12, 12).double()
+    for labels in itertools.product(range(4), repeat=3):
+        chosen = torch.where(targets == -100, -100, torch.tensor(labels))
+        # A place that is not labelled is counted once for each word it might have had.
+        ways = 4.0 ** (targets == -100).sum(1)
+        chance = torch.exp(-TokenCategorical().loss(outputs, chosen)) / ways
+        at = outputs.clone().requires_grad_()
+        g = torch.autograd.grad(likelihood.sampled_loss(at, chosen).sum(), at)[0].flatten(1)
+        fisher += chance[:, None, None] * g[:, :, None] * g[:, None, :]
+    units = torch.eye(12).double().view(12, 1, 3, 4).expand(12, 2, 3, 4)
+    hessian = likelihood.hessian_product(outputs, targets, units).flatten(2).permute(1, 0, 2)
+    torch.testing.assert_close(fisher, hessian)
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
 def test_a_trailing_axis_of_one_may_lack_in_outputs_or_targets(shape):
     for likelihood, targets in ((Gaussian(), drawn(4)), (Bernoulli(), torch.tensor([0, 1, 1, 0]))):
