@@ -113,9 +113,7 @@ def trained(problem: Sentences, epochs: int) -> nn.Module:
     held, answers = problem.query_data().tensors
     with torch.no_grad():
         lost = cross_entropy(problem.predict(model.eval(), Batch(held, answers)).flatten(0, 1), answers.flatten())
-    print(
-        f"{epochs} passes over {len(inputs):,} sentences: {float(loss.detach()):.2f} nats per token at the end, {float(lost):.2f} of the queries"
-    )
+    print(f"{epochs} passes over {len(inputs):,} sentences: {float(loss.detach()):.2f} nats per token, {float(lost):.2f} on the queries")
     return model
 
 
