@@ -200,6 +200,11 @@ def _measure(client: Any, scheduler: psutil.Process, player: psutil.Process, dra
         done += 1
         if done % 1000 == 0:
             highest = max(highest, scheduler.memory_info().rss)
+        if done % 10_000 == 0:
+            so_far = (_spent(scheduler) - before) / done * 1e3
+            print(
+                f"           {done:,} after {time.perf_counter() - started:.0f} s: {so_far:.2f} ms of the scheduler each", file=sys.stderr
+            )
 
     text = "x" * options.bytes
     shards.run_shards(client, described, [(text, i) for i in range(len(drawn))], stage="simulated", on_done=watch)
@@ -209,14 +214,11 @@ def _measure(client: Any, scheduler: psutil.Process, player: psutil.Process, dra
     ideal, each = sum(drawn) / options.workers, (spent - beats * wall) / count
     print(f"{options.workers:,} workers, {count:,} shards of {sum(drawn) / count:.3g} s (up to {max(drawn):.3g} s), window {window:,}")
     print(f"wall       {wall:.1f} s, of which {ideal:.1f} s are the shards' own ({ideal / wall:.0%} of the workers' time is used)")
-    print(
-        f"scheduler  {each * 1e3:.2f} ms of processor a shard, {beats:.0%} of a core for heartbeats; it saturates at {(1 - beats) / each:.0f} shards/s"
-    )
-    print(f"           its process was at work {spent / wall:.0%} of the time")
+    print(f"scheduler  {each * 1e3:.2f} ms of processor a shard, and {beats:.1%} of a core for heartbeats")
+    print(f"           saturates at {(1 - beats) / each:.0f} shards/s; was at work {spent / wall:.0%} of the time")
     print(f"run_shards {own / count * 1e3:.2f} ms of processor a shard; the played workers {played / count * 1e3:.2f} ms")
-    print(
-        f"memory     {idle >> 20} MiB before, {highest >> 20} MiB at most: {(highest - idle) / window:.0f} bytes for each shard known at once"
-    )
+    known = (highest - idle) / window
+    print(f"memory     {idle >> 20} MiB before, {highest >> 20} MiB at most: {known:.0f} bytes for each shard known at once")
 
 
 def _spent(process: psutil.Process) -> float:
