@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
+#: While the scheduler takes in 100,000 shards at once on a busy machine, it answers nobody for longer than Dask would wait.
+PATIENT = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "600s", "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "600s"}
 #: Products of matrices so large that nothing but the processor limits a shard.
 WIDTH, PRODUCTS, SHARDS, ROUNDS = 512, 200, 40, 3
 
@@ -46,6 +49,7 @@ def main() -> None:
     parser.add_argument("--times", type=Path)
     parser.add_argument("--speed", type=float, default=1.0)
     parser.add_argument("--bytes", type=int, default=2500, help="of a shard's description")
+    parser.add_argument("--until", type=int, help="end after so many shards; the rest is known to the scheduler, or would have been")
     parser.add_argument("--window", type=int, help="shards known to the scheduler at a time; run_shards' own when absent")
     options = parser.parse_args()
     if options.simulate:
@@ -157,6 +161,7 @@ def described(shard: tuple[str, int]) -> None:
 
 def simulate(options: argparse.Namespace) -> None:
     """One run of so many shards on so many simulated workers."""
+    os.environ.update(PATIENT)
     from distributed import Client
 
     from infra import shards
@@ -177,7 +182,7 @@ def simulate(options: argparse.Namespace) -> None:
         player = _start("-m", "tests.benchmarks.played", address, str(options.workers), file.name)
         try:
             process = psutil.Process(scheduler.pid)
-            with Client(address, set_as_default=False, timeout=60) as client:
+            with Client(address, set_as_default=False, timeout=600) as client:
                 client.wait_for_workers(options.workers, timeout=600)
                 _measure(client, process, psutil.Process(player.pid), drawn, options)
         finally:
@@ -189,36 +194,43 @@ def simulate(options: argparse.Namespace) -> None:
 def _measure(client: Any, scheduler: psutil.Process, player: psutil.Process, drawn: list[float], options: argparse.Namespace) -> None:
     from infra import shards
 
-    started, before = time.perf_counter(), _spent(scheduler)
+    began, before = time.perf_counter(), _spent(scheduler)
     time.sleep(10)
-    beats = (_spent(scheduler) - before) / (time.perf_counter() - started)
+    beats = (_spent(scheduler) - before) / (time.perf_counter() - began)
     idle, before, own, played = scheduler.memory_info().rss, _spent(scheduler), time.process_time(), _spent(player)
-    highest, done, started = idle, 0, time.perf_counter()
+    highest, done, first, began = idle, 0, 0.0, time.perf_counter()
 
     def watch(_: int) -> None:
-        nonlocal highest, done
+        nonlocal highest, done, first
         done += 1
-        if done % 1000 == 0:
+        first = first or _spent(scheduler) - before - beats * (time.perf_counter() - began)
+        if done % 1000 == 0 or done == options.until:
             highest = max(highest, scheduler.memory_info().rss)
-        if done % 10_000 == 0:
-            so_far = (_spent(scheduler) - before) / done * 1e3
-            print(
-                f"           {done:,} after {time.perf_counter() - started:.0f} s: {so_far:.2f} ms of the scheduler each", file=sys.stderr
-            )
+            print(f"           {done:,} after {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        if done == options.until:
+            raise Enough
 
-    text = "x" * options.bytes
-    shards.run_shards(client, described, [(text, i) for i in range(len(drawn))], stage="simulated", on_done=watch)
-    wall, spent, own, played = time.perf_counter() - started, _spent(scheduler) - before, time.process_time() - own, _spent(player) - played
-    highest, count = max(highest, scheduler.memory_info().rss), len(drawn)
+    count, text = len(drawn), "x" * options.bytes
+    with suppress(Enough):
+        shards.run_shards(client, described, [(text, i) for i in range(count)], stage="simulated", on_done=watch)
+    wall, spent = time.perf_counter() - began, _spent(scheduler) - before
+    own, played = (time.process_time() - own) / done, (_spent(player) - played) / done
+    highest = max(highest, scheduler.memory_info().rss)
     window = min(count, max(shards.WINDOW, shards.WINDOW_PER_WORKER * options.workers))
-    ideal, each = sum(drawn) / options.workers, (spent - beats * wall) / count
+    ideal, working = sum(drawn[:done]) / options.workers, spent - beats * wall
+    each = first / window + (working - first) / done if options.until else working / done
     print(f"{options.workers:,} workers, {count:,} shards of {sum(drawn) / count:.3g} s (up to {max(drawn):.3g} s), window {window:,}")
+    print(f"done       {done:,}")
     print(f"wall       {wall:.1f} s, of which {ideal:.1f} s are the shards' own ({ideal / wall:.0%} of the workers' time is used)")
     print(f"scheduler  {each * 1e3:.2f} ms of processor a shard, and {beats:.1%} of a core for heartbeats")
     print(f"           saturates at {(1 - beats) / each:.0f} shards/s; was at work {spent / wall:.0%} of the time")
-    print(f"run_shards {own / count * 1e3:.2f} ms of processor a shard; the played workers {played / count * 1e3:.2f} ms")
+    print(f"run_shards {own * 1e3:.2f} ms of processor a shard; the played workers {played * 1e3:.2f} ms, with their heartbeats")
     known = (highest - idle) / window
     print(f"memory     {idle >> 20} MiB before, {highest >> 20} MiB at most: {known:.0f} bytes for each shard known at once")
+
+
+class Enough(Exception):  # noqa: N818
+    """So many shards are done as were asked for."""
 
 
 def _spent(process: psutil.Process) -> float:
