@@ -68,7 +68,7 @@ def plan(
         unknown = [stage.name for stage in stages if stage.flops is None]
         besides = f"; without {', '.join(unknown)}, which is the problem's own" if unknown else ""
         typer.echo(
-            f"time     {duration(total)} with {count} workers of {flops:.2g} operations a second ({told}), once they have started{besides}"
+            f"time     {duration(total)} with {count} workers of {flops:.2g} operations a second ({told}), once these have started{besides}"
         )
 
     for line in _left_out(parsed):
