@@ -67,7 +67,9 @@ def plan(
         total = sum(hours(stage, count, flops) or 0.0 for stage in stages)
         unknown = [stage.name for stage in stages if stage.flops is None]
         besides = f"; without {', '.join(unknown)}, which is the problem's own" if unknown else ""
-        typer.echo(f"time     {duration(total)} with {count} workers of {flops:.2g} operations a second ({told}){besides}")
+        typer.echo(
+            f"time     {duration(total)} with {count} workers of {flops:.2g} operations a second ({told}), once these have started{besides}"
+        )
 
     for line in _left_out(parsed):
         typer.echo(f"but      {line}")

@@ -1,5 +1,12 @@
-"""The certificates with which the processes of a cluster know each other."""
+"""The certificates with which the processes of a cluster know each other.
 
+    python -m infra.certificates FOLDER     # ca.pem, cert.pem, key.pem for one cluster, for a year; those that are there stay
+
+The authority of such a pair is the certificate itself: who has the key may join the cluster and give it work. Where certificates are to be
+given out one by one, use an authority of your own (docs/clusters.md).
+"""
+
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,5 +33,32 @@ def temporary_files(folder: Path) -> Tls:
 
     pair = Security.temporary()
     for name, text in {"ca": pair.tls_ca_file, "cert": pair.tls_worker_cert, "key": pair.tls_worker_key}.items():
-        (folder / f"{name}.pem").write_text(text)
+        file = folder / f"{name}.pem"
+        file.touch(mode=0o600)
+        file.write_text(text)
     return Tls(**{name: str(folder / f"{name}.pem") for name in Tls.model_fields})
+
+
+def main(arguments: list[str]) -> int:
+    """Write a pair into a folder that has none; the exit status."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        sys.stderr.write("usage: python -m infra.certificates FOLDER\n")
+        return 2
+    folder = Path(arguments[0])
+    there = [name for name in Tls.model_fields if (folder / f"{name}.pem").exists()]
+    if there and len(there) < len(Tls.model_fields):
+        sys.stderr.write(f"{folder} has {', '.join(f'{name}.pem' for name in there)} alone; remove it, or name another folder\n")
+        return 2
+    if not there:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary_files(folder)
+        except OSError as error:
+            sys.stderr.write(f"{error.filename}: {error.strerror}; name a folder that can be written to\n")
+            return 2
+    sys.stdout.write(f"{'kept' if there else 'written'}: {', '.join(str(folder / f'{name}.pem') for name in Tls.model_fields)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -119,6 +119,7 @@ def _security(spec: ClusterSpec) -> Any:
 def _quietly(spec: ClusterSpec) -> Iterator[Callable[[], object]]:
     """The environment that workers are started in; what it gives lets this thread hear Ctrl-C again."""
     import dask
+    import distributed  # noqa: F401 (its defaults have to be there: imported in the block below, they would be taken away at its end)
 
     with _environment_of_workers(spec.environment), dask.config.set(LOCAL_CONFIG), quiet_log(), _deaf_threads() as listening:
         yield listening

@@ -1,10 +1,11 @@
 """Clusters beyond this machine: a Dask scheduler that runs already, and workers that Slurm, Kubernetes or ssh start."""
 
+import asyncio
 import logging
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -120,15 +121,40 @@ def kubernetes(spec: ClusterSpec) -> "Iterator[Client]":
     asked = spec.kubernetes
     assert asked is not None
     with quiet_log():
+        _check_kubernetes()
         try:
             opened = KubeCluster(namespace=asked.namespace, custom_cluster_spec=kubernetes_cluster(spec), quiet=True)
         except Exception as error:
+            _give_up(KubeCluster)
             raise ClusterError(
                 f'cluster.kind = "kubernetes": {said(error)}; check `kubectl get daskclusters -n {asked.namespace}`'
             ) from error
         with opened as cluster, Client(cluster, set_as_default=False) as client:
             _wait(client, Settings().worker_timeout, f"no worker pod started; `kubectl get pods -n {asked.namespace}` says why")
             yield client
+
+
+def _check_kubernetes() -> None:
+    """Raise ClusterError where no Kubernetes answers."""
+    import kr8s.asyncio
+
+    timeout = Settings().connect_timeout
+    try:
+        asyncio.run(asyncio.wait_for(kr8s.asyncio.api(), timeout))
+    except Exception as error:
+        why = f"none within {timeout:g} s" if isinstance(error, TimeoutError) else said(error)
+        raise ClusterError(
+            f'cluster.kind = "kubernetes": no Kubernetes answers ({why}); name one in ~/.kube/config or in the file of KUBECONFIG, '
+            "as `kubectl version` needs it, or run tda in a pod with a service account"
+        ) from error
+
+
+def _give_up(kind: Any) -> None:
+    """Delete now what was begun: at exit, where dask-kubernetes would do it, each failure is a traceback."""
+    for begun in list(kind._instances):  # noqa: SLF001  (nothing else holds what failed while it was made)
+        with suppress(Exception):
+            begun.close(timeout=10)
+        begun.shutdown_on_close = False
 
 
 def kubernetes_cluster(spec: ClusterSpec) -> dict[str, Any]:

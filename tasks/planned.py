@@ -81,28 +81,47 @@ def _heaviest(paper: Paper, workers: int) -> Stage:
 def _way_out(paper: Paper, workers: int, limit: int) -> str:
     for changes in _changes(paper.work(workers)):
         if _heaviest(_cut(paper, changes), workers).peak <= limit:
-            return "set " + " and ".join(f"{key} = {value}" for key, value in changes.items())
-    stage = _heaviest(_cut(paper, {"query_block": 1, "batch_size": 1}), workers)
+            return f"set {_listed(changes)}"
+    smallest = {"query_block": 1, "batch_size": 1} | ({"layer_block": 1} if _sums_layers(paper.methods) else {})
+    stage = _heaviest(_cut(paper, smallest), workers)
     held = max(stage.memory, key=lambda part: stage.memory[part])
     return (
-        f"even with query_block = 1 and batch_size = 1 it is {readable(stage.peak)} ({held}); "
+        f"even with {_listed(smallest)} it is {readable(stage.peak)} ({held}, in stage '{stage.name}'); "
         f'set cluster.memory_limit = "{-(-stage.peak >> 30)}GiB" where workers have as much, or attribute fewer layers with `modules`'
     )
+
+
+def _listed(changes: dict[str, int]) -> str:
+    *some, last = (f"{key} = {value}" for key, value in changes.items())
+    return f"{', '.join(some)} and {last}" if some else last
 
 
 def _cut(paper: Paper, changes: dict[str, int]) -> Paper:
     return replace(paper, request=replace(paper.request, **changes))  # type: ignore[arg-type]
 
 
+def _sums_layers(methods: tuple[Method, ...]) -> bool:
+    """Whether there are factors, whose layers `layer_block` cuts."""
+    return any(fit.kind == "kronecker" for method in methods for fit in method.fits)
+
+
 def _changes(work: Work) -> Iterator[dict[str, int]]:
-    """The smallest change first: fewer queries at a time, then fewer examples, then fewer layers, then queries and examples."""
-    queries = [2**k for k in reversed(range((min(work.query_block, work.queries) - 1).bit_length()))]
-    batches = [2**k for k in reversed(range((work.batch - 1).bit_length()))]
-    yield from ({"query_block": block} for block in queries)
-    yield from ({"batch_size": batch} for batch in batches)
-    layers = [2**k for k in reversed(range((len(work.layers[0]) - 1).bit_length()))]
-    yield from ({"layer_block": layer} for layer in layers)
-    yield from ({"query_block": block, "batch_size": min(batches, default=1)} for block in queries)
+    """The smallest change first: fewer queries at a time, then fewer examples, then fewer layers, then several of them."""
+    queries = [{"query_block": size} for size in _halves(min(work.query_block, work.queries))]
+    batches = [{"batch_size": size} for size in _halves(work.batch)]
+    layers = [{"layer_block": size} for size in _halves(len(work.layers[0]))] if _sums_layers(tuple(work.methods)) else []
+    fewest = batches[-1:] or [{}]
+    yield from queries
+    yield from batches
+    yield from layers
+    yield from (query | layer for layer in layers for query in queries)
+    yield from (query | fewest[0] for query in queries)
+    yield from (query | layer | fewest[0] for layer in layers for query in queries or [{}])
+
+
+def _halves(size: int) -> list[int]:
+    """Powers of two below a size, the largest first."""
+    return [2**k for k in reversed(range((size - 1).bit_length()))]
 
 
 def readable(count: float) -> str:

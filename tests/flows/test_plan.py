@@ -138,7 +138,10 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("share", "said"),
-    [(0.9, r"set query_block = \d+$"), (0.5, r'even with query_block = 1 .* set cluster.memory_limit = "1GiB" where workers have as much')],
+    [
+        (0.9, r"set query_block = \d+$"),
+        (0.5, r'even with query_block = 1, .* set cluster.memory_limit = "1GiB" where workers have as much'),
+    ],
 )
 def test_what_a_worker_cannot_hold_is_refused_with_what_would_make_it_fit(tmp_path: Path, share: float, said: str) -> None:
     config = write_config(tmp_path, DIGITS)
@@ -153,6 +156,28 @@ def test_what_a_worker_cannot_hold_is_refused_with_what_would_make_it_fit(tmp_pa
         option = re.findall(r"query_block = \d+", str(caught.value))
         again = on_paper(request_of(load_config(config, ["problem_options.width=1024", *option])))
         check_memory(again, 2, int(share * peak))
+
+
+@pytest.mark.parametrize(
+    ("set_", "gib", "said"),
+    [
+        ([], 150, r"set layer_block = \d+$"),
+        (["query_block=8"], 150, r"set query_block = \d and layer_block = \d+$"),
+        (["query_block=8", "batch_size=32"], 112, r"set query_block = \d, layer_block = \d+ and batch_size = 1$"),
+        ([], 100, r"even with query_block = 1, batch_size = 1 and layer_block = 1 .* cluster.memory_limit = \"111GiB\""),
+    ],
+)
+def test_sums_of_all_layers_that_a_worker_cannot_hold_are_offered_a_few_layers_at_a_time(set_: list[str], gib: int, said: str) -> None:
+    config = ROOT / "docs" / "examples" / "plan-pythia.toml"
+    with pytest.raises(InputError, match=said) as caught:
+        check_memory(on_paper(request_of(load_config(config, set_))), 64, gib << 30)
+    if "even" in said:
+        return
+    offered = [each.replace(" ", "") for each in re.findall(r"\w+ = \d+", str(caught.value))]
+    check_memory(on_paper(request_of(load_config(config, [*set_, *offered]))), 64, gib << 30)
+    more = [f"{name}={2 * int(value)}" for name, value in (each.split("=") for each in offered) if name == "layer_block"]
+    with pytest.raises(InputError):  # twice as many layers do not fit
+        check_memory(on_paper(request_of(load_config(config, [*set_, *offered, *more]))), 64, gib << 30)
 
 
 def test_the_command_prints_a_plan_writes_nothing_and_refuses_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

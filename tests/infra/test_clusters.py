@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from distributed.security import Security
 
 from infra import clusters_here, clusters_there
 from infra.certificates import files
+from infra.certificates import main as certificates_main
 from infra.cluster import ClusterError, ClusterSpec, open_cluster, run_shards
 from infra.cluster_spec import Kubernetes, Slurm, Ssh, Tls
 from infra.gate import Gate
@@ -75,6 +77,32 @@ def test_a_running_scheduler_is_reached_by_tls_with_files_and_not_without(tls: T
         ):
             pass
         assert "\n" not in str(caught.value)
+
+
+def test_the_pair_that_the_command_writes_serves_a_cluster_is_its_owner_s_alone_and_is_written_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tls"
+    assert certificates_main([str(folder)]) == 0
+    pair = Tls(**{name: str(folder / f"{name}.pem") for name in ("ca", "cert", "key")})
+    assert [stat.S_IMODE(Path(file).stat().st_mode) for file in (folder, pair.key)] == [0o700, 0o600]
+    with (
+        LocalCluster(**ELSEWHERE | {"n_workers": 1, "protocol": "tls://", "security": files(pair)}) as elsewhere,
+        open_cluster(ClusterSpec(kind="address", address=elsewhere.scheduler_address, tls=pair)) as client,
+    ):
+        assert run_shards(client, abs, [-3], stage="absolute") == [3]
+    before = Path(pair.key).read_bytes()
+    assert certificates_main([str(folder)]) == 0
+    assert Path(pair.key).read_bytes() == before
+    assert re.match(r"written: .*key.pem\nkept: ", capsys.readouterr().out)
+    Path(pair.cert).unlink()
+    for wrong, said in (
+        ([str(folder)], "has ca.pem, key.pem alone"),
+        ([], "usage: "),
+        (["/proc/none"], "name a folder that can be written"),
+    ):
+        assert certificates_main(wrong) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_certificate_that_is_not_there_is_named() -> None:

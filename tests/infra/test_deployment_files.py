@@ -1,10 +1,12 @@
 """The files that set up an installation: well formed, pinned, closed to strangers, without secrets, and true to what they start."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ MANIFESTS = sorted(file for file in (INFRA / "kubernetes").glob("*.yaml") if fil
 KUBERNETES = "1.32"
 SECRET = re.compile(r"PASSWORD|SECRET|ACCESS_KEY|TOKEN|AUTH|_USER$|DATABASE_CONNECTION_URL")
 #: What docs/nightly.md tells to create.
-SECRETS = {"prefect-database": {"password", "url"}, "prefect-access": {"auth"}, "tda-s3": None}
+SECRETS = {"prefect-database": {"password", "url"}, "prefect-access": {"auth"}, "tda-s3": None, "dask-tls": None}
+#: Those of what `python -m infra.certificates` writes, and the option of Dask's commands for each.
+TLS = {"--tls-ca-file": "ca.pem", "--tls-cert": "cert.pem", "--tls-key": "key.pem"}
 
 
 class Strict(yaml.SafeLoader):
@@ -171,6 +175,7 @@ def test_pods_run_without_rights_within_limits_and_with_secrets_by_reference(obj
                 reference = each.get("valueFrom", {}).get("secretKeyRef")
                 assert reference is None or reference["key"] in SECRETS[reference["name"]], name
             assert all(each["secretRef"]["name"] in SECRETS for each in container.get("envFrom", [])), name
+        assert all(volume["secret"]["secretName"] in SECRETS for volume in spec.get("volumes", []) if "secret" in volume), name
 
 
 def test_services_lead_to_pods_and_nothing_is_open_to_the_outside(objects: list[dict[str, Any]]) -> None:
@@ -183,6 +188,49 @@ def test_services_lead_to_pods_and_nothing_is_open_to_the_outside(objects: list[
     (policy,) = (each for each in objects if each["kind"] == "NetworkPolicy")
     assert policy["spec"]["podSelector"] == {}
     assert policy["spec"]["ingress"] == [{"from": [{"podSelector": {}}]}]
+
+
+def speaks_tls(command: list[str], mounted: set[str]) -> bool:
+    """Whether a command of Dask has certificates from a mounted folder, and neither listens nor connects in the clear."""
+    told = dict(pairwise(command))
+    files = {option: Path(told.get(option, "")) for option in TLS}
+    spoken = told.get("--protocol") == "tls" if command[1] == "scheduler" else command[2].startswith("tls://")
+    return spoken and all(file.name == TLS[option] and str(file.parent) in mounted for option, file in files.items())
+
+
+def test_every_process_of_dask_speaks_tls_with_certificates_that_runs_have_too(
+    compose: dict[str, Any], objects: list[dict[str, Any]]
+) -> None:
+    mounts = {name: {volume.split(":")[1] for volume in service.get("volumes", [])} for name, service in compose["services"].items()}
+    processes = [(service["command"], mounts[name]) for name, service in compose["services"].items() if service.get("command")]
+    for _, pod in pods(objects):
+        files = {volume["name"] for volume in pod["spec"].get("volumes", []) if volume.get("secret", {}).get("secretName") == "dask-tls"}
+        for container in pod["spec"]["containers"]:
+            mounted = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in files and mount["readOnly"]}
+            processes.append((container.get("command", []), mounted))
+    dask = [(command, mounted) for command, mounted in processes if command[:1] == ["dask"]]
+    assert len(dask) == 4
+    assert [command for command, mounted in dask if not speaks_tls(command, mounted)] == []
+    runs = [mounted for command, mounted in processes if command[:2] == ["prefect", "worker"]]
+    assert len(runs) == 2
+    assert all("/tls" in mounted for mounted in runs), "a nightly run that cannot reach the cluster"
+    assert "tls:/tls:ro" in compose["services"]["scheduler"]["volumes"]
+
+
+def test_a_job_of_slurm_speaks_tls_and_does_not_start_without_certificates(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    dask = tmp_path / "bin" / "dask"
+    dask.write_text('#!/bin/sh\necho "$@"\n')
+    dask.chmod(0o755)
+    slurm = {"SLURM_CPUS_PER_TASK": "4", "SLURM_MEM_PER_NODE": "16384", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    given = slurm | {"PATH": os.environ["PATH"], "TDA_VENV": str(tmp_path), "SCHEDULER": "tls://login-1:8786", "TDA_TLS": "/shared/tls"}
+    script = ["bash", INFRA / "slurm" / "dask.sbatch"]
+    command = ["dask", *subprocess.run(script, env=given, capture_output=True, text=True, check=True).stdout.split()]
+    assert speaks_tls(command, {"/shared/tls"})
+    for name in ("SCHEDULER", "TDA_TLS"):
+        told = subprocess.run(script, env=given | {name: ""}, capture_output=True, text=True, check=False)
+        assert told.returncode != 0
+        assert name in told.stderr
 
 
 def test_the_image_is_pinned_and_does_not_run_as_root() -> None:
