@@ -55,7 +55,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done: shapes, sizes and methods. block(vectors): queries held at a time; layer_block: layers summed in one pass."""
+    """What is to be done: shapes, sizes and methods.
+
+    query_block: queries scored in one pass. block(method, more): those whose directions are made at a time, so many vectors more than the
+    method's being held for each. layer_block: layers summed in one pass.
+    """
 
     shapes: Shapes
     methods: Sequence[Method]
@@ -65,7 +69,7 @@ class Work:
     scoring: int
     shard: int
     query_block: int
-    block: Callable[[int], int]
+    block: Callable[[Method, int], int]
     self_influence: bool
     workers: int
     members: int = 1
@@ -276,7 +280,7 @@ def factor_bytes(work: Work, methods: Sequence[Method]) -> int:
 
 def _directions(work: Work, method: Method) -> Stage:
     blocks, itemsize = work.shapes.blocks, work.shapes.itemsize
-    block = min(work.block(method.vectors + 1), work.queries)
+    block = min(work.block(method, 1), work.queries)
     count = -(-work.queries // block)
     each = work.shapes.parameters * itemsize
     solving = sum(4.0 * b.size * ((b.out if b.rotates_out else 0) + (b.in_ if b.rotates_in else 0)) for b in blocks) if method.fits else 0.0
