@@ -11,8 +11,8 @@ from tda.lowrank import keeps_full
 
 #: A batch's captured rows and their copies are kept below this.
 BATCH_BYTES = 128 << 20
-#: Directions of more bytes than this are streamed from memory for every batch.
-STREAMED_BYTES = 256 << 20
+#: Directions of more bytes than this, beyond the caches, are streamed from memory for every batch.
+STREAMED_BYTES = 64 << 20
 #: What is held for the queries whose directions are made at a time is kept below this; where each step of their making is a pass over
 #: the training set, which they share, below SHARED_BYTES.
 MADE_BYTES, SHARED_BYTES = 256 << 20, 1 << 30

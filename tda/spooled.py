@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,7 @@ class Spool:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="tda-")  # noqa: SIM115  (open as long as directions are met)
+        weakref.finalize(self, self._file.close)
         self._size = 0
         self._map: mmap.mmap | None = None
 

@@ -100,7 +100,7 @@ def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, fl
     shape: dict[str, Any] = {"itemsize": itemsize}
     shard = sizes.shard_size(len(train))
     many = options.query_block or sizes.query_block(attributed.blocks, len(queries), [options.query_rank], shard, **shape)
-    few = sizes.made_block(attributed.blocks, len(queries), method.vectors, shared=method.shares_passes, **shape)
+    at_once = sizes.made_block(attributed.blocks, len(queries), method.vectors + 1, shared=method.shares_passes, **shape)
 
     def scores(factors: list[Any]) -> Tensor:
         return torch.cat([scores_of(factors, some) for some in batches(range(len(queries)), many)])
@@ -113,7 +113,7 @@ def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, fl
         if len(some) * itemsize * sum(block.size for block in attributed.blocks) <= HELD_BYTES:
             directions: Sequence[Met] = held(attributed.blocks, made(factors, some))
         else:
-            parts = (made(factors, each) for each in batches(some, few))
+            parts = (made(factors, each) for each in batches(some, at_once))
             directions = spooled(attributed.blocks, parts, len(some), rank=options.query_rank)
         scorer = Scorer(method.title, directions, torch.ones(len(some)))
         ids = range(len(train))
