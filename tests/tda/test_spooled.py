@@ -16,7 +16,7 @@ from tda.scoring import Scorer, score
 from tests.tda.layers import LAYERS
 from tests.tda.reference import problem_of
 
-NAMES = ["Linear", "Linear called twice", "Embedding tied to Linear", "Conv1d in groups", "GPT-2"]
+NAMES = ["Linear called twice", "Embedding tied to Linear", "Conv1d in groups"]
 
 
 def drawn(blocks: tuple[Block, ...], queries: int, rank: int | None = None) -> list[Direction]:
@@ -63,13 +63,13 @@ def test_scores_are_those_of_directions_in_memory(name: str, rank: int | None, c
 
 def test_passes_share_a_file_and_terms_of_fewer_ranks_are_filled_up() -> None:
     block = Block("layer", "linear", "linear", "kronecker", 1, 30, 40, "weight", None, ((30, 40),), positions=64)
-    whole = [Factored(torch.randn(5, rank, 1, 30), torch.randn(5, rank, 1, 40)) for rank in (3, 2)]
+    whole = [Factored(torch.randn(5, rank, 1, 30), torch.randn(5, rank, 1, 40)) for rank in (9, 8)]
     parts = [[take(d, slice(2)) for d in whole], [take(d, slice(2, 5)) for d in reversed(whole)]]
     for limit in (1 << 30, 1):
-        made = spooled.spooled([block], parts, 5, rank=4, limit=limit)
+        made = spooled.spooled([block], parts, 5, rank=10, limit=limit)
         for p, (first, second) in enumerate(zip(*parts, strict=True)):
             assert isinstance(made[p], spooled.Spooled)
-            assert made[p].rank == (None if limit > 1 else 4)
+            assert made[p].rank == (None if limit > 1 else 10)
             found = torch.cat([dense(part) for part in made[p].parts()])
             torch.testing.assert_close(found, torch.cat([dense(first), dense(second)]))
 
