@@ -56,7 +56,7 @@ def scoring_batch(blocks: Sequence[Block], batch: int, queries: int, ranks: Sequ
     short, whole = (itemsize * queries * direction_numbers(blocks, each) for each in (ranks, [None] * len(ranks)))
     if short < whole and whole > SPOOL_BYTES:
         return 4 * batch
-    return batch * (2 if short > STREAMED_BYTES else 1)
+    return batch * (2 if whole > STREAMED_BYTES else 1)
 
 
 def shard_size(examples: int) -> int:
