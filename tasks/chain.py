@@ -204,7 +204,7 @@ def _planned(stage: Asked, inputs: Inputs, subject: Subject, later: Member) -> E
     passed: dict[str, DirectionJob] = {scored.directions.parsed().title: scored.directions for scored in later.scores.methods}
     fits: dict[str, FitJob] = {}
     scored = tuple(
-        cutter.carried(each.inverse, Carried(passed[title], blocks, each.proximity), cut.block(each.inverse.vectors + 2), fits)
+        cutter.carried(each.inverse, Carried(passed[title], blocks, each.proximity), cut.block(each.inverse, 2), fits)
         for title, (_, each) in stage.by.items()
     )
     job = ScoreJob(

@@ -88,7 +88,7 @@ class Sizes:
     scoring: int
     shard: int
     queries: int
-    block: Callable[[int], int]
+    block: Callable[[Method, int], int]
     tokens: int | None = None
     scoring_tokens: int | None = None
 
@@ -96,28 +96,32 @@ class Sizes:
 def sized(request: Request, inputs: Inputs, attributed: Attributed | Shapes, ranks: Sequence[int | None]) -> Sizes:
     """What the request says, else from the shapes. ranks: of the directions of a query that are scored at a time, None being in full.
 
-    Of the sizes, queries are scored at a time, and block(vectors) are held at a time, so many vectors being held for each: those of the
-    method, and the bytes that are written.
+    Of the sizes, queries are scored in one pass over the training set, and the directions of block(method, more) are made at a time, so
+    many vectors more than the method's being held for each: what it starts from where that is not counted, and the bytes that are written.
     """
     blocks, itemsize = attributed.blocks, torch.tensor([], dtype=attributed.dtype).element_size()
     batch = request.batch_size or sizes.batch_size(blocks, attributed.outputs, itemsize=itemsize)
 
-    def chunks(ranks: Sequence[int | None]) -> int:
-        """Whole chunks of queries."""
-        count = request.query_block or sizes.query_block(blocks, inputs.queries, ranks, itemsize=itemsize)
-        whole = request.query_block is not None or not CHUNK_QUERIES < count < inputs.queries
-        return count if whole else count - count % CHUNK_QUERIES
+    def chunks(count: int) -> int:
+        """Whole chunks of queries, where there are several blocks; what the request says, if anything."""
+        if request.query_block is not None:
+            return request.query_block
+        return count if not CHUNK_QUERIES < count < inputs.queries else count - count % CHUNK_QUERIES
 
-    queries = chunks(ranks)
-    scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries, ranks, itemsize=itemsize)
+    def block(method: Method, more: int) -> int:
+        vectors = method.vectors + more
+        return chunks(sizes.made_block(blocks, inputs.queries, vectors, itemsize=itemsize, shared=method.shares_passes))
+
     shard = request.shard_size or sizes.shard_size(inputs.examples)
+    queries = chunks(sizes.query_block(blocks, inputs.queries, ranks, shard, itemsize=itemsize))
+    scoring = request.batch_size or sizes.scoring_batch(blocks, batch, queries, ranks, itemsize=itemsize)
     lengths = None if request.batch_size or isinstance(attributed, Shapes) else lengths_of(attributed.problem, "train", inputs.examples)
     tokens = scored = None
     if lengths is not None:
         # The blocks are those of the first two examples, padded to the longer one.
         tokens = request.batch_tokens or sizes.batch_tokens(blocks, attributed.outputs, int(lengths[:2].max()), itemsize=itemsize)
         scored = request.batch_tokens or tokens * (scoring // batch)
-    return Sizes(batch, scoring, shard, queries, lambda vectors: chunks([None] * vectors), tokens, scored)
+    return Sizes(batch, scoring, shard, queries, block, tokens, scored)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -247,16 +247,20 @@ class Directions:
 def read_directions(job: DirectionJob, ids: range) -> Directions:
     """The directions of queries `ids`, whatever blocks they were made in."""
     found: Directions | None = None
-    for block in range(ids.start // job.block, -(-ids.stop // job.block)):
-        made = job.ids(block)
-        some = slice(max(ids.start - made.start, 0), min(ids.stop, made.stop) - made.start)
-        part = _read(job.place("queries", block), some)
-        if some == slice(0, len(ids)) and len(made) == len(ids):
+    for part in read_parts(job, ids):
+        if len(part.measurement) == len(ids):
             return part
-        # Each block is let go as it is joined: all of them beside the whole would be twice the memory.
+        # Each part is let go as it is joined: all of them beside the whole would be twice the memory.
         found = _joined(found, part, len(ids))
     assert found is not None
     return found
+
+
+def read_parts(job: DirectionJob, ids: range) -> Iterator[Directions]:
+    """The same, of as many queries at a time as were made together."""
+    for block in range(ids.start // job.block, -(-ids.stop // job.block)):
+        made = job.ids(block)
+        yield _read(job.place("queries", block), slice(max(ids.start - made.start, 0), min(ids.stop, made.stop) - made.start))
 
 
 def _joined(known: Directions | None, part: Directions, queries: int) -> Directions:

@@ -88,7 +88,7 @@ def _member(request: Request, inputs: Inputs, seed: int) -> Member:
     cut = sized(request, inputs, open_subject(subject).attributed, [rank for method in methods for rank in [method.rank] * method.passes])
     cutter = Cutter(request, inputs, subject, seed, cut.batch, cut.shard, cut.tokens)
     fits: dict[str, FitJob] = {}
-    scored = tuple(cutter.scored(method, cut.block(method.vectors + 1), fits) for method in methods)
+    scored = tuple(cutter.scored(method, cut.block(method, 1), fits) for method in methods)
     job = ScoreJob(
         subject, scored, "", "", inputs.examples, inputs.queries, cut.shard, cut.queries, cut.scoring, request.products,
         request.self_influence, scoring_tokens=cut.scoring_tokens,

@@ -19,10 +19,12 @@ from tda.blocks import Block
 from tda.costs import rows_first, rows_smaller
 from tda.curvature import spectrum
 from tda.curvature.covariances import TILE
+from tda.directions import HELD_BYTES
 from tda.methods import Method
 from tda.methods.work import Fit
 from tda.self_products import GRADIENT_BYTES
 from tda.shapes import Shapes
+from tda.spooled import PART_BYTES, PART_QUERIES
 
 #: A worker before it opens anything: Python, torch and what else is imported.
 PROCESS_BYTES = 512 << 20
@@ -55,7 +57,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done: shapes, sizes and methods. block(vectors): queries held at a time; layer_block: layers summed in one pass."""
+    """What is to be done: shapes, sizes and methods.
+
+    query_block: queries scored in one pass. block(method, more): those whose directions are made at a time, so many vectors more than the
+    method's being held for each. layer_block: layers summed in one pass.
+    """
 
     shapes: Shapes
     methods: Sequence[Method]
@@ -65,7 +71,7 @@ class Work:
     scoring: int
     shard: int
     query_block: int
-    block: Callable[[int], int]
+    block: Callable[[Method, int], int]
     self_influence: bool
     workers: int
     members: int = 1
@@ -276,7 +282,7 @@ def factor_bytes(work: Work, methods: Sequence[Method]) -> int:
 
 def _directions(work: Work, method: Method) -> Stage:
     blocks, itemsize = work.shapes.blocks, work.shapes.itemsize
-    block = min(work.block(method.vectors + 1), work.queries)
+    block = min(work.block(method, 1), work.queries)
     count = -(-work.queries // block)
     each = work.shapes.parameters * itemsize
     solving = sum(4.0 * b.size * ((b.out if b.rotates_out else 0) + (b.in_ if b.rotates_in else 0)) for b in blocks) if method.fits else 0.0
@@ -314,7 +320,7 @@ def _scores(work: Work) -> Stage:
     shards, methods = work.shards * blocks_of_queries, len(work.methods)
     query_block = min(work.query_block, work.queries)
     held_bytes = itemsize * sum(method.passes * sizes.direction_numbers(blocks, [method.rank]) for method in work.methods)
-    memory = work.opened | {"batch": work.batch_bytes(work.scoring), "directions": query_block * held_bytes}
+    memory = work.opened | {"batch": work.batch_bytes(work.scoring), "directions": _met(work, query_block)}
     memory |= {
         "factors": factor_bytes(work, owners),
         "gradients": 2 * GRADIENT_BYTES,
@@ -324,6 +330,20 @@ def _scores(work: Work) -> Stage:
     workers = min(work.workers, shards)
     read = workers * (work.opened["model"] + memory["factors"] + blocks_of_queries * query_block * held_bytes)
     return Stage("scores", shards, work.examples * per_example, memory, read, kept, kept)
+
+
+def _met(work: Work, queries: int) -> int:
+    """What directions take while they are scored: all of them, or a part of those in a file, or what is read to be put there."""
+    blocks, itemsize = work.shapes.blocks, work.shapes.itemsize
+    size = queries * itemsize * sum(method.passes * _checkpoints(method) for method in work.methods) * work.shapes.parameters
+    if size <= HELD_BYTES:
+        return queries * itemsize * sum(method.passes * work.shapes.parameters for method in work.methods)
+    widest = itemsize * max(block.size for block in blocks)
+    stored = [
+        min(work.block(method, 1), queries) * itemsize * method.passes * sizes.direction_numbers(blocks, [method.rank])
+        for method in work.methods
+    ]
+    return max(min(queries * widest, max(PART_BYTES, PART_QUERIES * widest)), *stored)
 
 
 def _verify(work: Work) -> Stage:

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from infra import storage
 from tasks import layout
-from tasks.directions import DirectionJob, curvature_of, read_directions
+from tasks.directions import DirectionJob, curvature_of
+from tasks.spool import asked
 from tasks.subject import Subject, open_subject
 from tda import location, schema
-from tda.directions import HELD_BYTES, held
 from tda.errors import InputError, cause
 from tda.methods import Method
 from tda.products import Products
-from tda.scoring import Direct, Scorer, ShardScores, score
+from tda.scoring import Scorer, ShardScores, score
 from tda.self_products import Own
 
 #: A stored chunk holds so many queries, or more where it would be below CHUNK_NUMBERS: a query's row is then read without many others.
@@ -119,10 +119,6 @@ class Part:
     scorer: Scorer
 
 
-def _direct(job: DirectionJob, method: Method, kept: dict[str, Tensor]) -> Direct | None:
-    return None if type(method).direct is Method.direct else method.direct(kept, curvature_of(job))
-
-
 def _owns(job: DirectionJob) -> Sequence[Own | None]:
     return job.parsed().owns(open_subject(job.subject).attributed, curvature_of(job), job.segments, job.seed)
 
@@ -143,21 +139,22 @@ def _ready(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor
 def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor]:
     """What is scored at each subject for one query block, and the queries' measurements."""
     parts: dict[Subject, list[Part]] = {subject: [] for subject in job.subjects}
-    measurement, blocks = torch.empty(0), open_subject(job.subject).attributed.blocks
-    limit = HELD_BYTES // max(sum(len(scored.meets) for scored in job.methods), 1)
+    measurement, attributed = torch.empty(0), open_subject(job.subject).attributed
+    times = max(sum(len(scored.meets) for scored in job.methods), 1)
     for m, (scored, method) in enumerate(zip(job.methods, job.parsed(), strict=True)):
-        read = read_directions(scored.directions, job.query_ids(block))
+        direct = type(method).direct is not Method.direct
+        read = asked(scored.directions, job.query_ids(block), attributed, 0 if direct else times)
         measurement = read.measurement
-        if (direct := _direct(scored.directions, method, read.kept)) is not None:
-            parts[job.subject].append(Part(m, 1.0, Scorer(method.title, (), read.norms, direct=direct)))
+        if direct:
+            said = method.direct(read.kept, curvature_of(scored.directions))
+            parts[job.subject].append(Part(m, 1.0, Scorer(method.title, (), read.norms, direct=said)))
             continue
         owned = job.self_influence and block == 0 and method.gives_own
         own_of = _owns(scored.directions) if owned else ()
         for p, (directions, met) in enumerate(zip(read.passes, scored.meets, strict=True)):
-            met_as = held(blocks, directions, limit)
             for subject in met:
                 own = own_of[p] if own_of else None
-                parts[subject].append(Part(m, 1 / len(met), Scorer(method.title, met_as, read.norms, own, method.cosine)))
+                parts[subject].append(Part(m, 1 / len(met), Scorer(method.title, directions, read.norms, own, method.cosine)))
     return parts, measurement
 
 

@@ -53,8 +53,10 @@ Direction = Dense | Factored
 
 #: Matrices of factored directions are made for at most this many bytes at a time while they are scored.
 MATRIX_BYTES = 32 << 20
-#: Up to this many bytes, they are made once for all batches.
-HELD_BYTES = 1 << 30
+#: Directions of more bytes than this, as matrices, are scored from a temporary file (`tda.spooled`).
+HELD_BYTES = 256 << 20
+#: A block of queries has no more bytes of directions in that file, and matrices are made of terms once for all batches up to it.
+SPOOL_BYTES = 2 << 30
 #: Examples of a batch, where what is made of the directions serves all batches.
 ENDLESS = 1 << 30
 
@@ -218,27 +220,33 @@ def join(parts: Sequence[Direction]) -> Direction:
     if any(isinstance(part, Dense) for part in parts):
         return Dense(torch.cat([dense(part) for part in parts]))
     rank = max(part.rank for part in parts if isinstance(part, Factored))
+    factored = [padded(part, rank) for part in parts if isinstance(part, Factored)]
+    return Factored(torch.cat([p.left for p in factored]), torch.cat([p.right for p in factored]))
 
-    def padded(rows: Tensor) -> Tensor:
+
+def padded(direction: Factored, rank: int) -> Factored:
+    """The same with terms of zeros up to `rank`."""
+
+    def more(rows: Tensor) -> Tensor:
         return torch.cat([rows, rows.new_zeros(len(rows), rank - rows.shape[1], *rows.shape[2:])], 1)
 
-    factored = [part for part in parts if isinstance(part, Factored)]
-    return Factored(torch.cat([padded(p.left) for p in factored]), torch.cat([padded(p.right) for p in factored]))
+    return direction if direction.rank == rank else Factored(more(direction.left), more(direction.right))
 
 
 def extend(whole: Direction | None, part: Direction, start: int, queries: int) -> Direction:
     """`part` from place `start` on in `queries` directions, those before being in `whole`: so that parts are let go one by one."""
-    if whole is not None and [t.shape[1:] for t in _tensors(whole)] != [t.shape[1:] for t in _tensors(part)]:
+    if whole is not None and [t.shape[1:] for t in tensors(whole)] != [t.shape[1:] for t in tensors(part)]:
         part = join([take(whole, slice(start)), part])
         whole, start = None, 0
     if whole is None:
-        whole = type(part)(*(t.new_empty(queries, *t.shape[1:]) for t in _tensors(part)))
-    for into, t in zip(_tensors(whole), _tensors(part), strict=True):
+        whole = type(part)(*(t.new_empty(queries, *t.shape[1:]) for t in tensors(part)))
+    for into, t in zip(tensors(whole), tensors(part), strict=True):
         into[start : start + len(t)] = t
     return whole
 
 
-def _tensors(direction: Direction) -> tuple[Tensor, ...]:
+def tensors(direction: Direction) -> tuple[Tensor, ...]:
+    """What a direction consists of; the queries are the first axis of each."""
     return (direction.matrix,) if isinstance(direction, Dense) else (direction.left, direction.right)
 
 

@@ -13,7 +13,7 @@ from tda.attributed import Attributed
 from tda.blocks import Block, Pair, example_gradients
 from tda.capture import Tape
 from tda.data import Batching, batches, in_order
-from tda.directions import Dense, Direction, Factored, check_finite, inner, meets_gradients, scaled
+from tda.directions import Direction, Factored, check_finite, inner, meets_gradients, scaled, tensors
 from tda.products import Products, fast_float32
 from tda.projection import Projection, add_block, features_of
 from tda.self_products import (
@@ -29,6 +29,7 @@ from tda.self_products import (
     projected_products,
     whole_products,
 )
+from tda.spooled import Met, Spooled
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ Direct = Callable[[Attributed, Tape, Sequence[int]], Tensor | Directly]
 
 @dataclass(frozen=True)
 class Scorer:
-    """One method, ready to score: a direction per block, and the queries' gradient norms (query,).
+    """One method, ready to score: a direction per block, in memory or in a file, and the queries' gradient norms (query,).
 
     own: what self-influence is taken from, None where the method does not give it. A cosine method's directions are divided by the
     norms at once, so that small gradients' products do not underflow. direct: what scores in place of directions, for methods whose
@@ -55,7 +56,7 @@ class Scorer:
     """
 
     title: str
-    directions: Sequence[Direction]
+    directions: Sequence[Met]
     norms: Tensor
     own: Own | None = None
     cosine: bool = False
@@ -63,9 +64,11 @@ class Scorer:
 
     def __post_init__(self) -> None:
         if self.cosine:
-            dtype = self.directions[0].matrix.dtype if isinstance(self.directions[0], Dense) else self.directions[0].left.dtype
+            first = self.directions[0]
+            dtype = first.dtype if isinstance(first, Spooled) else tensors(first)[0].dtype
             inverse = torch.where(self.norms > negligible(dtype), 1 / self.norms.double(), 0.0)
-            object.__setattr__(self, "directions", [scaled(direction, inverse) for direction in self.directions])
+            times = [d.scaled(inverse) if isinstance(d, Spooled) else scaled(d, inverse) for d in self.directions]
+            object.__setattr__(self, "directions", times)
 
 
 @dataclass(frozen=True)
@@ -207,21 +210,32 @@ def _to_unit(scorer: Scorer, influence: Tensor, own: Tensor, norms: Tensor, exam
         own /= -examples
 
 
-def _block_scores(block: Block, directions: Sequence[Direction], pairs: Sequence[Pair], products: Products) -> list[Tensor]:
+def _block_scores(block: Block, directions: Sequence[Met], pairs: Sequence[Pair], products: Products) -> list[Tensor]:
     """(query, batch) of each direction for one block; gradients are made once for all of them, in pieces that bound the memory."""
     size, positions = pairs[0].left.shape[1], sum(pair.positions for pair in pairs)
-    meeting = [meets_gradients(d, block, positions, size) for d in directions]
+    meeting = [_meets(d, block, positions, size) for d in directions]
     needed = any(meeting)
     # Matrices of factored directions are made anew for each piece: fewer, larger pieces then.
-    bound = GRADIENT_BYTES * (4 if any(m and isinstance(d, Factored) for m, d in zip(meeting, directions, strict=True)) else 1)
+    bound = GRADIENT_BYTES * (4 if any(m and _of_terms(d) for m, d in zip(meeting, directions, strict=True)) else 1)
     step = max(1, bound // (4 * block.size)) if needed else size
     pieces: list[list[Tensor]] = [[] for _ in directions]
     for start in range(0, size, step):
         part = pairs if step >= size else [part_of(pair, start, start + step) for pair in pairs]
         gradients = _gradients(block, part, products) if needed else None
         for into, direction, meets in zip(pieces, directions, meeting, strict=True):
-            into.append(inner(direction, block, part, gradients if meets else None, products))
+            each = direction.parts() if isinstance(direction, Spooled) else (direction,)
+            into.append(torch.cat([inner(some, block, part, gradients if meets else None, products) for some in each]))
     return [p[0] if len(p) == 1 else torch.cat(p, 1) for p in pieces]
+
+
+def _meets(direction: Met, block: Block, positions: int, batch: int) -> bool:
+    if isinstance(direction, Spooled):
+        return block.form != "embedding"
+    return meets_gradients(direction, block, positions, batch)
+
+
+def _of_terms(direction: Met) -> bool:
+    return isinstance(direction, Factored) or (isinstance(direction, Spooled) and direction.rank is not None)
 
 
 def _gradients(block: Block, pairs: Sequence[Pair], products: Products) -> Tensor:

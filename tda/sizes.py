@@ -6,15 +6,18 @@ import math
 from collections.abc import Sequence
 
 from tda.blocks import Block
-from tda.directions import HELD_BYTES
+from tda.directions import SPOOL_BYTES
 from tda.lowrank import keeps_full
 
 #: A batch's captured rows and their copies are kept below this.
 BATCH_BYTES = 128 << 20
-#: Directions of more bytes than this are streamed from memory for every batch.
-STREAMED_BYTES = 256 << 20
-#: All directions of a query block are kept below this.
-DIRECTION_BYTES = 1 << 30
+#: Directions of more bytes than this, beyond the caches, are streamed from memory for every batch.
+STREAMED_BYTES = 64 << 20
+#: What is held for the queries whose directions are made at a time is kept below this; where each step of their making is a pass over
+#: the training set, which they share, below SHARED_BYTES.
+MADE_BYTES, SHARED_BYTES = 256 << 20, 1 << 30
+#: Scores of a shard are kept below this.
+SCORE_BYTES = 128 << 20
 
 
 def batch_size(blocks: Sequence[Block], outputs: int, *, itemsize: int) -> int:
@@ -48,12 +51,12 @@ def scoring_batch(blocks: Sequence[Block], batch: int, queries: int, ranks: Sequ
     """Examples per forward pass while scoring: `batch`, or more where the directions are so many bytes that reading them costs time.
 
     Every batch reads all directions once; beyond the caches a batch that is too small waits for memory instead of multiplying. Where
-    matrices are made of low ranks anew for every batch (`tda.directions.held`), that is shared by more examples still.
+    matrices are made of low ranks anew for every batch (`tda.spooled`), that is shared by more examples still.
     """
     short, whole = (itemsize * queries * direction_numbers(blocks, each) for each in (ranks, [None] * len(ranks)))
-    if short < whole and whole > HELD_BYTES:
+    if short < whole and whole > SPOOL_BYTES:
         return 4 * batch
-    return batch * (2 if short > STREAMED_BYTES else 1)
+    return batch * (2 if whole > STREAMED_BYTES else 1)
 
 
 def shard_size(examples: int) -> int:
@@ -66,7 +69,20 @@ def direction_numbers(blocks: Sequence[Block], ranks: Sequence[int | None]) -> i
     return sum(b.size if rank is None or keeps_full(b, rank) else b.groups * rank * (b.out + b.in_) for rank in ranks for b in blocks)
 
 
-def query_block(blocks: Sequence[Block], queries: int, ranks: Sequence[int | None], *, itemsize: int) -> int:
-    """Queries whose directions are held in memory at a time: one for each of `ranks`, as in `direction_numbers`."""
+def query_block(blocks: Sequence[Block], queries: int, ranks: Sequence[int | None], shard: int, *, itemsize: int) -> int:
+    """Queries that are scored in one pass over the training set: one direction for each of `ranks`, as in `direction_numbers`.
+
+    As many as fit a temporary file of SPOOL_BYTES (`tda.spooled`), and whose scores of a shard of so many examples fit SCORE_BYTES.
+    """
     each = itemsize * direction_numbers(blocks, ranks)
-    return max(1, min(queries, DIRECTION_BYTES // max(each, 1)))
+    scores = 2 * itemsize * max(len(ranks), 1) * shard
+    return max(1, min(queries, SPOOL_BYTES // max(each, 1), SCORE_BYTES // scores))
+
+
+def made_block(blocks: Sequence[Block], queries: int, vectors: int, *, itemsize: int, shared: bool) -> int:
+    """Queries whose directions are made at a time, so many vectors of all parameters being held for each.
+
+    shared: whether they share passes over the training set, which more queries at a time make fewer.
+    """
+    each = itemsize * vectors * sum(block.size for block in blocks)
+    return max(1, min(queries, (SHARED_BYTES if shared else MADE_BYTES) // max(each, 1)))

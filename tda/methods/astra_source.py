@@ -50,6 +50,11 @@ class AstraSource(FastSource):
         """As of SOURCE, and what a solve holds."""
         return self.passes + 10
 
+    @property
+    def shares_passes(self) -> bool:
+        """Every step of a solve is one."""
+        return True
+
     def planned(self) -> Schedule:
         """The schedule with what the options replace."""
         found = NAMED[self.schedule]

@@ -39,6 +39,11 @@ class DataInf(Shortened):
             raise ValueError('damping must be above 0, or "heuristic": the inverse of a single example\'s g g^T does not exist')
         return value
 
+    @property
+    def shares_passes(self) -> bool:
+        """One, and one for a damping that is found."""
+        return True
+
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_q = -M g_q in every layer; told: the damping of each."""
         with fast_float32():

@@ -38,6 +38,11 @@ class EKFAC(KFAC):
             )
         return self
 
+    @property
+    def shares_passes(self) -> bool:
+        """Where a separable form is compared with the exact one."""
+        return self.separable > 0
+
     def directions(self, work: Work, gradients: Sequence[Direction]) -> Made:
         """V_q = -(F_ekfac + lambda I)^-1 g_q; factored where `separable` allows it, it is cheaper, and what is measured says so too.
 

@@ -49,6 +49,11 @@ class Iterative(Shortened):
         """Right-hand sides, solutions, residuals, search directions, products, and tangents on their way."""
         return 7
 
+    @property
+    def shares_passes(self) -> bool:
+        """Every step of a solve is one."""
+        return True
+
     def determining(self) -> dict[str, Any]:
         """Without the Fisher where no factors are needed."""
         return {name: value for name, value in super().determining().items() if name != "fisher" or self.fits}

@@ -85,6 +85,11 @@ class Method(BaseModel):
         """How many vectors with as many entries as there are parameters are held per query while directions are made."""
         return 2
 
+    @property
+    def shares_passes(self) -> bool:
+        """Whether queries whose directions are made together share passes over the training set."""
+        return False
+
     def determining(self) -> dict[str, Any]:
         """The options that its numbers depend on, as JSON."""
         found: dict[str, Any] = json.loads(self.model_dump_json(exclude={"label"}))

@@ -169,6 +169,11 @@ class Multistage(Method):
         return self.own_stage.vectors + 1
 
     @property
+    def shares_passes(self) -> bool:
+        """As its inverse does."""
+        return self.own_stage.shares_passes
+
+    @property
     def gives_own(self) -> bool:
         """As its inverse does."""
         return self.own_stage.gives_own

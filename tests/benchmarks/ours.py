@@ -27,11 +27,12 @@ from tda import sizes
 from tda.attributed import Attributed
 from tda.curvature.fit import fit_factors
 from tda.data import batches
-from tda.directions import held, query_gradients
+from tda.directions import HELD_BYTES, Direction, held, query_gradients
 from tda.methods import EKFAC
 from tda.methods.work import Work
 from tda.modules import inspect
 from tda.scoring import Scorer, score
+from tda.spooled import Met, spooled
 from tests import cases
 
 TRACKED = ("*.query_key_value", "*.dense", "*.dense_h_to_4h", "*.dense_4h_to_h")
@@ -96,18 +97,25 @@ def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, fl
     def fit() -> list[Any]:
         return fit_factors(attributed, train, fisher=options.fisher, batch_size=batch_size, products=products)
 
-    ranks = [options.query_rank]
-    many = options.query_block or sizes.query_block(attributed.blocks, len(queries), ranks, itemsize=itemsize)
+    shape: dict[str, Any] = {"itemsize": itemsize}
+    shard = sizes.shard_size(len(train))
+    many = options.query_block or sizes.query_block(attributed.blocks, len(queries), [options.query_rank], shard, **shape)
+    at_once = sizes.made_block(attributed.blocks, len(queries), method.vectors + 1, shared=method.shares_passes, **shape)
 
     def scores(factors: list[Any]) -> Tensor:
         return torch.cat([scores_of(factors, some) for some in batches(range(len(queries)), many)])
 
+    def made(factors: list[Any], some: Sequence[int]) -> list[Direction]:
+        gradients, _ = query_gradients(attributed, queries, some, batch_size=batch_size)
+        return method.directions(Work(attributed, train, [factors], 0, batch_size, products), gradients).passes[0]
+
     def scores_of(factors: list[Any], some: Sequence[int]) -> Tensor:
-        gradients, values = query_gradients(attributed, queries, some, batch_size=batch_size)
-        work = Work(attributed, train, [factors], 0, batch_size, products)
-        directions = held(attributed.blocks, method.directions(work, gradients).passes[0])
-        del gradients
-        scorer = Scorer(method.title, directions, torch.ones_like(values))
+        if len(some) * itemsize * sum(block.size for block in attributed.blocks) <= HELD_BYTES:
+            directions: Sequence[Met] = held(attributed.blocks, made(factors, some))
+        else:
+            parts = (made(factors, each) for each in batches(some, at_once))
+            directions = spooled(attributed.blocks, parts, len(some), rank=options.query_rank)
+        scorer = Scorer(method.title, directions, torch.ones(len(some)))
         ids = range(len(train))
         how: dict[str, Any] = {"batch_size": scoring, "products": products, "self_influence": False}
         return score(attributed, [scorer], train, ids, examples=len(train), **how).influence[0]
@@ -131,9 +139,10 @@ def _addmm_flop(_: Any, a: Any, b: Any, **__: Any) -> int:
 
 def timed(function: Callable[[], Any], counter: FlopCounterMode | None) -> tuple[float, Any, float]:
     """Seconds, the result and, where a counter is given, the operations in 10^9."""
-    begin = time.perf_counter()
+    begin, spent = time.perf_counter(), time.process_time()
     if counter is None:
         result = function()
+        print(f"processor seconds: {time.process_time() - spent:.2f}", file=sys.stderr)
         return time.perf_counter() - begin, result, 0.0
     with counter:
         result = function()

@@ -88,7 +88,7 @@ def test_a_run_is_resumed_under_its_own_labels_only(tmp_path: Path) -> None:
 
 
 def test_a_method_that_is_added_leaves_the_blocks_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tda.sizes.DIRECTION_BYTES", 1 << 12)
+    monkeypatch.setattr("tda.sizes.SHARED_BYTES", 1 << 12)
     text = 'problem = "tiny.py:Tiny"\n[[methods]]\nname = "cg"\ndamping = 0.1\n'
     one = planned(tmp_path / "config", f"{tmp_path}/store", text=text)
     other = planned(tmp_path / "config", f"{tmp_path}/store", text=text + '[[methods]]\nname = "graddot"\n')

@@ -153,8 +153,9 @@ def test_more_queries_fit_the_memory_for_directions_in_a_low_rank_and_then_share
     block = Block("layer", "linear", "linear", "kronecker", 1, 1024, 257, "weight", None, ((1024, 256),), positions=128)
     assert sizes.direction_numbers([block], [None, 32]) == 1024 * 257 + 32 * (1024 + 257)
     assert sizes.direction_numbers([block], [257]) == 1024 * 257, "kept in full"
-    full, short = (sizes.query_block([block] * 12, 10_000, [rank], itemsize=4) for rank in (None, 32))
+    full, short = (sizes.query_block([block] * 12, 10_000, [rank], 256, itemsize=4) for rank in (None, 32))
     assert 6 * full < short < 7 * full
+    assert sizes.query_block([block] * 12, 10**6, [1], 4096, itemsize=4) == sizes.SCORE_BYTES // (2 * 4096 * 4), "scores take room too"
     assert [sizes.scoring_batch([block] * 12, 8, short, [rank], itemsize=4) for rank in (32, None)] == [32, 16]
     assert sizes.scoring_batch([block] * 12, 8, 2, [32], itemsize=4) == 8
 

@@ -1,0 +1,49 @@
+"""Stored directions as they are scored: in memory where they are few, else in a temporary file on the worker (`tda.spooled`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tasks.directions import DirectionJob, read_directions, read_parts
+from tda.attributed import Attributed
+from tda.blocks import Block
+from tda.directions import HELD_BYTES, Direction, held
+from tda.spooled import Met, spooled
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one method scores some queries with: passes, by block; measurement and gradient norms (query,); what else was kept of them."""
+
+    passes: Sequence[Sequence[Met]]
+    measurement: Tensor
+    norms: Tensor
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
+def asked(job: DirectionJob, ids: range, attributed: Attributed, times: int) -> Asked:
+    """The directions of queries `ids`, where all methods of a run have so many times the parameters for each; 0: of one without any."""
+    blocks = attributed.blocks
+    if len(ids) * attributed.dtype.itemsize * times * sum(block.size for block in blocks) <= HELD_BYTES:
+        read = read_directions(job, ids)
+        return Asked([held(blocks, directions) for directions in read.passes], read.measurement, read.norms, read.kept)
+    return _spooled(job, ids, blocks)
+
+
+def _spooled(job: DirectionJob, ids: range, blocks: Sequence[Block]) -> Asked:
+    """One file for all passes: each stored object is read once, and let go before the next one is."""
+    measurements, norms = list[Tensor](), list[Tensor]()
+
+    def parts() -> Iterator[list[Direction]]:
+        for part in read_parts(job, ids):
+            measurements.append(part.measurement)
+            norms.append(part.norms)
+            yield [direction for directions in part.passes for direction in directions]
+
+    found = spooled(blocks, parts(), len(ids), rank=job.parsed().rank)
+    passes = [found[k : k + len(blocks)] for k in range(0, len(found), len(blocks))]
+    return Asked(passes, torch.cat(measurements), torch.cat(norms))
