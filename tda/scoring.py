@@ -77,8 +77,8 @@ class ShardScores:
 
     influence (method, query, train); self_influence (method, train): each example's effect on its own loss, NaN where a method does not
     give it, or None; loss (train,);
-    mass (method, block): sum of |score| by block, over the pairs that were asked for, from which the layers' shares are taken. stderr: standard errors of the influence, by
-    the place of the methods that estimate them.
+    mass (method, block): sum of |score| by block over the pairs that were asked for, from which the layers' shares are taken. stderr:
+    standard errors of the influence, by the place of the methods that estimate them.
     """
 
     influence: Tensor
@@ -103,8 +103,8 @@ def score(  # noqa: PLR0913  (what is scored, and how)
     """Score training examples `ids` of a training set of `examples` (N) under every method.
 
     influence[q, i] = (1/N) <V_q, grad l_i>: the change of measurement q predicted from adding example i to the training objective with
-    weight 1/N. Cosine methods are divided by the norms instead. batch_size: examples, or a budget of tokens. asked (query, train): whether a
-    pair counts in the layers' mass; None: all do. Raises InputError naming an example whose loss is not finite.
+    weight 1/N. Cosine methods are divided by the norms instead. batch_size: examples, or a budget of tokens. asked (query, train): whether
+    a pair counts in the layers' mass; None: all do. Raises InputError naming an example whose loss is not finite.
     """
     with fast_float32():
         parts = list(batches(ids, batch_size))

@@ -172,7 +172,7 @@ def test_a_methods_label_selects_in_candidates_as_in_a_full_scan(runs: dict[str,
         assert found.sel(query=[2], method="multistage").sizes["query"] == 1
         assert found.attrs["examples"] == found["influence"].attrs["examples"]
         for data in (found, found["influence"]):
-            with pytest.raises(InputError, match="no method 'ekfac' here; there is .*multistage"):
+            with pytest.raises(InputError, match=r"no method 'ekfac' here; there is .*multistage"):
                 data.sel(method="ekfac")
     with pytest.raises(InputError, match="no method 'bif' here; there is graddot"):
         runs["train"].candidates.sel(method="graddot").sel(method="bif")

@@ -82,7 +82,7 @@ def test_chains_rank_by_the_scores_of_their_runs_which_tell_of_the_chains(done) 
             assert np.abs(scores).max() > 0
             np.testing.assert_array_equal(data["gold_rank"].sel({"method": f"{title}, {at}"})[0], first_ranks(-scores, gold))
             page = Path(f"{run.url.removeprefix('file://')}/report.html").read_text()
-            assert page.count("Loss of the batches") == 2, "one chart for each method that samples"
+            assert page.count("<strong>Loss of the batches") == 2, "one chart for each method that samples"
             assert "16 draws" in page
     page = location.read_bytes(location.join(summary.url, "report.html")).decode()
     assert all(f"{family}<" in page for family in ("bif, finetuned", "correlation, pretrained", "embedding-with-answer"))
