@@ -10,7 +10,6 @@ from transformers import BertModel
 import tda
 from flows import cli
 from tasks.uses import OF_PLANS, names_of_run
-from tda.errors import InputError
 from tda.results import NotStored, Run, list_runs, open_run
 from tests.flows.runs import PROBLEM, attribute, command, finished, objects, wait_until, write_config
 from tests.tda import language_models as tiny
@@ -161,21 +160,6 @@ def test_top_ranks_the_candidates_and_says_of_how_many(runs: dict[str, Run], cap
         assert cli.status(["top", run.id, "-q", "2", "--store", run.store, *more]) == 0
         assert f"of {table.attrs['of']}; others were not scored" in capsys.readouterr().out
     assert runs["pretraining"].top(2, k=3)["train"].tolist() == runs["whole"].top(2, k=3)["train"].tolist()
-
-
-def test_a_methods_label_selects_in_candidates_as_in_a_full_scan(runs: dict[str, Run]) -> None:
-    for run in (runs["train"], runs["pretraining"]):
-        found = run.candidates
-        row = found["influence"].loc["multistage", 2].to_numpy()
-        for same in (found["influence"].sel(method="multistage", query=2), found.sel(method="multistage").influence.sel(query=2)):
-            np.testing.assert_array_equal(same.to_numpy(), row)
-        assert found.sel(query=[2], method="multistage").sizes["query"] == 1
-        assert found.attrs["examples"] == found["influence"].attrs["examples"]
-        for data in (found, found["influence"]):
-            with pytest.raises(InputError, match=r"no method 'ekfac' here; there is .*multistage"):
-                data.sel(method="ekfac")
-    with pytest.raises(InputError, match="no method 'bif' here; there is graddot"):
-        runs["train"].candidates.sel(method="graddot").sel(method="bif")
 
 
 def test_what_was_not_scored_is_said_where_it_is_looked_for(runs: dict[str, Run]) -> None:

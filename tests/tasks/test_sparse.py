@@ -13,7 +13,9 @@ from tasks import plan as plans
 from tasks.publish import layer_share
 from tasks.subject import open_subject
 from tda import checkpoint, location
+from tda.errors import InputError
 from tda.problem import load_problem
+from tda.results import Run
 from tests.flows.runs import PROBLEM, objects, write_config
 from tests.tasks.jobs import fit
 
@@ -104,6 +106,22 @@ def test_what_is_stored_is_each_querys_candidates(plan: plans.Plan) -> None:
             assert np.isnan(group["candidate_influence"][:, q][:, ~real]).all()
             np.testing.assert_allclose(group["candidate_loss"][q][real], full.loss[ids[q][real]], rtol=1e-6)
         sparse.verify_block((job, block))
+
+
+def test_a_methods_label_selects_in_candidates_as_in_a_full_scan(plan: plans.Plan) -> None:
+    job = created(plan, "first")
+    run(job)
+    folder = job.results.rpartition("/")[0]
+    found = Run(folder, {"config": {"candidates": {"on": "train"}}, "shape": {"train": 23}}).candidates
+    row = found["influence"].loc["ekfac", 2].to_numpy()
+    for same in (found["influence"].sel(method="ekfac", query=2), found.sel(method="ekfac").influence.sel(query=2)):
+        np.testing.assert_array_equal(same.to_numpy(), row)
+    assert set(found["influence"].coords) >= {"method", "query", "candidate_id", "candidate_source", "candidate_label", "query_label"}
+    assert found.sel(query=[2], method="ekfac").sizes["query"] == 1
+    assert found.attrs["examples"] == found["influence"].attrs["examples"] == 23
+    for data in (found, found["influence"], found.sel(method="gradcos")):
+        with pytest.raises(InputError, match="no method 'kfac' here; there is gradcos"):
+            data.sel(method="kfac")
 
 
 def test_only_the_candidates_of_a_block_pass_through_the_model(plan: plans.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
