@@ -55,7 +55,7 @@ class ScoreSet(xr.Dataset):  # type: ignore[no-untyped-call]  # of its own __ini
             InputError: no such method.
         """
         if method is None or method in _INEXACT:
-            return super().sel(indexers, method, tolerance, drop, **labels)  # type: ignore[arg-type]
+            return super().sel(indexers, method, tolerance, drop, **labels)
         return super().sel({**_chosen(self, method), **(indexers or {}), **labels}, None, tolerance, drop)
 
 

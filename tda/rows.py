@@ -131,7 +131,8 @@ def candidates(run: Run) -> xr.Dataset:
                 found[name].attrs["damping"] = run.manifest["stages"][on].get("damping", {})
     source = found["candidate_source"]
     source.attrs.update(flag_masks=list(SOURCES.values()), flag_meanings=" ".join(SOURCES))
-    return ScoreSet(found.set_coords("candidate_source"), attrs=stated)
+    found = found.set_coords("candidate_source")
+    return ScoreSet(dict(found.data_vars), found.coords, {**found.attrs, **stated})
 
 
 def whole(run: Run, data: xr.Dataset) -> xr.DataArray:
