@@ -16,7 +16,7 @@ from typing import Any
 from tasks import layout
 from tasks.cutter import Cutter, FitJob, Member, sized
 from tasks.directions import Carried, DirectionJob
-from tasks.prepare import Inputs, Request, check_batches, check_method, digested, probe, telling
+from tasks.prepare import Inputs, Request, check_batches, check_method, check_precision, digested, probe, telling
 from tasks.scores import ScoreJob
 from tasks.subject import Subject, open_subject, read_checkpoint
 from tda import carried, checkpoint, location
@@ -119,6 +119,7 @@ def examine(request: Request, inputs: Inputs) -> Inputs:
             opened = open_subject(subject)
             if not subject.checkpoint and not can_fit(opened.attributed.problem):
                 raise InputError(f"problem {subject.problem!r} has no fit method and stage {stage.name!r} no checkpoint; give one of them")
+            check_precision(stage.request, opened)
             check_batches(stage.request, opened, ("train",))
             digest, labels = digested(opened, "train")
             probe(opened, "train")

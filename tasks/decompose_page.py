@@ -9,18 +9,18 @@ import base64
 import hashlib
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from infra import storage
 from tasks.decompose_charts import Chart, Series, ladder_chart, legend, limits_of, share_chart, signed, spectrum_chart
 from tasks.decompose_claims import claims
 from tasks.report_text import date, number, percent, seconds
+from tasks.templates import TEMPLATES
 from tda import location
 from tda.study import Study
 
@@ -211,9 +211,7 @@ def _row(point: xr.Dataset, name: str, described: dict[str, Any]) -> dict[str, A
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "legend": legend,
         "number": number,

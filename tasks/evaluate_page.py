@@ -6,12 +6,11 @@ import base64
 import hashlib
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from infra import storage
@@ -19,6 +18,7 @@ from tasks.evaluate import Evaluation, Given, given
 from tasks.evaluate_charts import Curve, Entry, Plot, forest, plot, told
 from tasks.evaluate_results import METRICS
 from tasks.report_text import date, number, percent, seconds
+from tasks.templates import TEMPLATES
 from tda import location
 from tda.evaluated import read_results
 from tda.evaluation.checks import chance
@@ -204,8 +204,6 @@ def _alone_ceiling(data: xr.Dataset) -> float | None:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "padded": partial(number, padded=True), "seconds": seconds, "percent": percent}
     return environment

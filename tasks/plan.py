@@ -72,7 +72,9 @@ def plan(request: Request, inputs: Inputs) -> Plan:
     more: dict[str, Any] = {"stages": [stage.asked for stage in stages]} if stages else {}
     chosen, members, stages = choose.plan(request, inputs, members, stages)
     more |= {"candidates": [chosen.asked.on, chosen.url.rpartition("/")[2]]} if chosen else {}
-    whole = fingerprint("run", members=asked, titles=titles, self_influence=request.self_influence, seed=request.seed, **more)
+    # Where candidates are scored there is no self-influence, and asking for it makes no other run.
+    own = members[0].scores.self_influence
+    whole = fingerprint("run", members=asked, titles=titles, self_influence=own, seed=request.seed, **more)
     return Plan(request, inputs, members, whole, stages, chosen)
 
 

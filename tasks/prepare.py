@@ -96,15 +96,7 @@ def _examined(request: Request) -> Inputs:
         raise InputError('products = "bfloat16" makes no sense with dtype = "float64"; leave one of them out')
     opened = open_subject(subject)
     problem = opened.attributed.problem
-    if opened.attributed.dtype == torch.float64 and request.products == "bfloat16":
-        raise InputError('products = "bfloat16" makes no sense with a float64 model; set dtype = "float32", or leave products out')
-    if opened.attributed.dtype == torch.float64 and subject.autocast:
-        raise InputError(f'autocast = "{subject.autocast}" makes no sense with a float64 model; set dtype = "float32", or leave it out')
-    if subject.recompute and not repeated_layers(opened.attributed.model):
-        raise InputError(
-            f"checkpoint_activations = true is about layers in an nn.ModuleList of several, and the model of {subject.problem!r} has none; "
-            "leave it out, and lower batch_size where memory is short"
-        )
+    check_precision(request, opened)
     if subject.checkpoint and request.ensemble > 1:
         raise InputError(
             f"ensemble = {request.ensemble} trains that many models, and the config gives a checkpoint; leave one of the two out"
@@ -130,6 +122,21 @@ def _examined(request: Request) -> Inputs:
         found["train"][1],
         found["query"][1],
     )
+
+
+def check_precision(request: Request, opened: Opened) -> None:
+    """InputError where shorter products or recomputed layers are asked of a model that has no use for them."""
+    subject, whose = request.subject, f"the float64 model of {request.subject.problem!r}"
+    wide = opened.attributed.dtype == torch.float64
+    if wide and request.products == "bfloat16":
+        raise InputError(f'products = "bfloat16" makes no sense with {whose}; set dtype = "float32", or leave products out')
+    if wide and subject.autocast:
+        raise InputError(f'autocast = "{subject.autocast}" makes no sense with {whose}; set dtype = "float32", or leave it out')
+    if subject.recompute and not repeated_layers(opened.attributed.model):
+        raise InputError(
+            f"checkpoint_activations = true is about layers in an nn.ModuleList of several, and the model of {subject.problem!r} has none; "
+            "leave it out, and lower batch_size where memory is short"
+        )
 
 
 def check_batches(request: Request, opened: Opened, splits: Sequence[Split] = SPLITS) -> None:

@@ -21,6 +21,7 @@ from tda.curvature import spectrum
 from tda.curvature.covariances import TILE
 from tda.directions import HELD_BYTES
 from tda.methods import Method
+from tda.methods.multistage import Multistage
 from tda.methods.work import Fit
 from tda.self_products import GRADIENT_BYTES
 from tda.shapes import Shapes
@@ -286,9 +287,10 @@ def _directions(work: Work, method: Method) -> Stage:
     count = -(-work.queries // block)
     each = work.shapes.parameters * itemsize
     solving = sum(4.0 * b.size * ((b.out if b.rotates_out else 0) + (b.in_ if b.rotates_in else 0)) for b in blocks) if method.fits else 0.0
-    if hasattr(method, "max_steps"):
-        size = getattr(method, "batch_size", "full")
-        steps = min(method.max_steps or work.examples, work.examples)
+    asked = method.own_stage if isinstance(method, Multistage) else method  # its options are there for inverses that solve, too
+    if hasattr(asked, "max_steps"):
+        size = getattr(asked, "batch_size", "full")
+        steps = min(asked.max_steps or work.examples, work.examples)
         solving += steps * (work.examples if size == "full" else int(size or work.batch)) * 4 * forward(blocks)
     flops = work.queries * (2 * forward(blocks) + sum(2.0 * b.positions * b.size for b in blocks) + solving)
     memory = work.opened | {"batch": work.batch_bytes(work.batch), "factors": factor_bytes(work, [method])}

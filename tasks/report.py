@@ -11,11 +11,10 @@ import hashlib
 import json
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tasks.report_charts import histogram
@@ -24,6 +23,7 @@ from tasks.report_sampling import sampled
 from tasks.report_stages import Stages
 from tasks.report_text import date, number, percent, seconds
 from tasks.report_tokens import HeatMap, Parting, Speaks, heat_map
+from tasks.templates import TEMPLATES
 from tda.results import NotStored, ranking
 from tda.rows import Row, Rows, rows
 
@@ -219,9 +219,7 @@ def _timings(timings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "number": number,
         "score": partial(number, padded=True),

@@ -34,16 +34,20 @@ def parting(plan: Plan) -> Parting | None:
         method = scored.directions.parsed()
         if method.meets != "final" or method.cosine or method.unit == "correlation" or not method.takes_gradients:
             return None
+        shortened = method.rank is not None or getattr(method, "separable", 0.0) > 0
         try:
+            both = None
             if method.name in FACTORED and size * len(opened.query[query][1]) <= QUERY_SIDE:
-                both = joint_scores(_work(scored), method, query, train, examples=examples)
-                return Parts(both.sum(2).float().numpy(), both.sum(1).float().numpy())
+                both = joint_scores(_work(scored), method, query, train, examples=examples).float().numpy()
+            if both is not None and not shortened:
+                return Parts(both.sum(2), both.sum(1))
+            # The directions that the scores are of, whatever the run approximated in them: the parts add up to what is stored.
             directions = read_directions(scored.directions, range(query, query + 1)).passes[0]
             with torch.enable_grad():
-                found = token_scores(opened.attributed, directions, opened.train, train, examples=examples)
+                found = token_scores(opened.attributed, directions, opened.train, train, examples=examples)[0].float().numpy()
         except InputError:  # a layer that has no part for each token: `run.token_influence` says which
             return None
-        return Parts(found[0].float().numpy(), None)
+        return Parts(found, None if both is None else both.sum(1), in_full=both is not None)
 
     return parted
 

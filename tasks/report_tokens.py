@@ -44,10 +44,14 @@ class Speaks(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """Of one query and some training examples: train (train, token), and query (train, query token), where that is known."""
+    """Of one query and some training examples: train (train, token), and query (train, query token), where that is known.
+
+    in_full: the query's parts are of directions in full, where those of the scores are approximated.
+    """
 
     train: _Array
     query: _Array | None
+    in_full: bool = False
 
 
 #: Gives the parts under the method at a place of the run, for a query and training examples; None where it has none.
@@ -83,10 +87,11 @@ class Shaded:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Examples of one query under one method. by: "loss", the tokens whose loss it is, or "input"."""
+    """Examples of one query under one method. by: "loss", the tokens whose loss it is, or "input". in_full: as `Parts` says."""
 
     by: str
     examples: tuple[Shaded, ...]
+    in_full: bool = False
 
 
 def heat_map(run: Run, problem: Speaks, place: int, query: int, train: Sequence[int], parting: Parting | None) -> HeatMap | None:
@@ -108,7 +113,7 @@ def heat_map(run: Run, problem: Speaks, place: int, query: int, train: Sequence[
     for k, i in enumerate(train):
         of_query = None if parts.query is None else _line(problem, asked, parts.query[k], run.better)
         examples.append(Shaded(i, float(parts.train[k].sum()), _line(problem, _inputs(data[i]), parts.train[k], run.better), of_query))
-    return HeatMap("input", tuple(examples))
+    return HeatMap("input", tuple(examples), parts.in_full)
 
 
 def _scores(run: Run, title: str, query: int, train: Sequence[int]) -> _Array:

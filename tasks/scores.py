@@ -215,8 +215,11 @@ def score_shard(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
     return told
 
 
-def scored(job: ScoreJob, ids: Sequence[int], block: int) -> tuple[ShardScores, Tensor]:
-    """The scores of some training examples against one query block, summed over the subjects, and the queries' measurements."""
+def scored(job: ScoreJob, ids: Sequence[int], block: int, asked: Tensor | None = None) -> tuple[ShardScores, Tensor]:
+    """The scores of some training examples against one query block, summed over the subjects, and the queries' measurements.
+
+    asked (query, train): the pairs of which the layers' shares are taken, where these are not all.
+    """
     parts, measurement = _ready(job, block)
     methods = len(job.methods)
     influence = torch.zeros(methods, len(measurement), len(ids), dtype=measurement.dtype)
@@ -234,6 +237,7 @@ def scored(job: ScoreJob, ids: Sequence[int], block: int) -> tuple[ShardScores, 
             batch_size=opened.batching("train", job.scoring_batch, job.scoring_tokens),
             products=job.products,
             self_influence=job.self_influence and block == 0,
+            asked=asked,
         )
         losses = found.loss if final else losses
         mass = mass if len(mass) else torch.zeros(methods, found.mass.shape[1], dtype=torch.float64)

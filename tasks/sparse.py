@@ -85,8 +85,10 @@ def score_piece(task: tuple[ScoreJob, int, int]) -> dict[str, Any]:
         return {**location.read_json(f"{url}.json"), "seconds": 0.0}
     started, ids = time.perf_counter(), _ids(job, block)
     part = _union(job, block)[piece * job.shard_size : (piece + 1) * job.shard_size]
-    found, measurement = scored(job, part.tolist(), block)
     rows, columns = _pairs(ids, part)
+    asked_for = torch.zeros(len(ids), len(part), dtype=torch.bool)
+    asked_for[rows, columns] = True
+    found, measurement = scored(job, part.tolist(), block, asked_for)
     tensors = {"influence": found.influence[:, rows, columns].float(), "loss": found.loss[columns].float()}
     tensors |= {f"stderr/{m}": stderr[rows, columns].float() for m, stderr in found.stderr.items()}
     write_tensors(f"{url}.safetensors", tensors)

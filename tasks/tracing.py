@@ -23,7 +23,7 @@ from tda.results import Run
 from tda.retrieval.embedding import encoder_digest, open_encoder
 
 #: Raised by one when what is computed or stored here changes.
-ARRAYS = 1
+ARRAYS = 2
 #: How many of the nearest documents recall looks at.
 NEAREST = 10
 At = Literal["both", "finetuned", "pretrained", "text"]
@@ -73,9 +73,11 @@ class Tracing:
     def url(self) -> str:
         """Where it lies, by everything that determines it."""
         names = [{**asdict(row), "runs": [url.rpartition("/")[2] for url in row.runs]} for row in self.rows]
-        asked = {"rows": names, "seeds": self.seeds, "options": self.told, "version": tda.__version__, "arrays": ARRAYS}
+        told = self.told
+        folder = told.pop("embedding")  # where an encoder lies says nothing about its numbers
+        asked = {"rows": names, "seeds": self.seeds, "options": told, "version": tda.__version__, "arrays": ARRAYS}
         asked |= {"gold": [ids.tolist() for ids in gold_of(self)]}
-        if folder := self.told["embedding"]:
+        if folder:
             asked |= {"encoder": encoder_digest(folder)}
         return location.join(self.run, "evaluation", fingerprint("tracing", **asked))
 

@@ -12,15 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that stand in a list of several, as a transformer's layers do."""
-    found: list[nn.Module] = []
+    """The outermost modules that stand in a list of several, as a transformer's layers do; each once, also where it is used again."""
+    found: dict[nn.Module, None] = {}
     inside: set[nn.Module] = set()
     for module in model.modules():  # from the outside in
         if isinstance(module, nn.ModuleList) and len(module) > 1 and module not in inside:
             for layer in module:
-                found.append(layer)
+                found[layer] = None
                 inside |= set(layer.modules())
-    return found
+    return list(found)
 
 
 @contextmanager
@@ -31,6 +31,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     cached = getattr(config, "use_cache", None)
     if cached:  # transformers: keys and values that are put away for the next token would be put away twice
         config.use_cache = False
+    own = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}  # put there by somebody else
     try:
         for layer in layers:
             made: Any = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -39,5 +40,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
+            if layer in own:
+                layer.__dict__["forward"] = own[layer]
         if cached:
             config.use_cache = True

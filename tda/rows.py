@@ -10,6 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from tda.errors import InputError
+from tda.labelled import ScoreSet
 from tda.results import NotStored, ranking
 from tda.retrieval.candidates import SOURCES, named
 
@@ -130,7 +131,8 @@ def candidates(run: Run) -> xr.Dataset:
                 found[name].attrs["damping"] = run.manifest["stages"][on].get("damping", {})
     source = found["candidate_source"]
     source.attrs.update(flag_masks=list(SOURCES.values()), flag_meanings=" ".join(SOURCES))
-    return found.set_coords("candidate_source").assign_attrs(stated)
+    found = found.set_coords("candidate_source")
+    return ScoreSet(dict(found.data_vars), found.coords, {**found.attrs, **stated})
 
 
 def whole(run: Run, data: xr.Dataset) -> xr.DataArray:

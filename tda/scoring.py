@@ -77,8 +77,8 @@ class ShardScores:
 
     influence (method, query, train); self_influence (method, train): each example's effect on its own loss, NaN where a method does not
     give it, or None; loss (train,);
-    mass (method, block): sum of |score| by block, from which the layers' shares are taken. stderr: standard errors of the influence, by
-    the place of the methods that estimate them.
+    mass (method, block): sum of |score| by block over the pairs that were asked for, from which the layers' shares are taken. stderr:
+    standard errors of the influence, by the place of the methods that estimate them.
     """
 
     influence: Tensor
@@ -88,7 +88,7 @@ class ShardScores:
     stderr: dict[int, Tensor] = field(default_factory=dict)
 
 
-def score(
+def score(  # noqa: PLR0913  (what is scored, and how)
     attributed: Attributed,
     scorers: Sequence[Scorer],
     dataset: Any,
@@ -98,16 +98,20 @@ def score(
     batch_size: Batching,
     products: Products = "full",
     self_influence: bool = True,
+    asked: Tensor | None = None,
 ) -> ShardScores:
     """Score training examples `ids` of a training set of `examples` (N) under every method.
 
     influence[q, i] = (1/N) <V_q, grad l_i>: the change of measurement q predicted from adding example i to the training objective with
-    weight 1/N. Cosine methods are divided by the norms instead. batch_size: examples, or a budget of tokens. Raises InputError naming an
-    example whose loss is not finite.
+    weight 1/N. Cosine methods are divided by the norms instead. batch_size: examples, or a budget of tokens. asked (query, train): whether
+    a pair counts in the layers' mass; None: all do. Raises InputError naming an example whose loss is not finite.
     """
     with fast_float32():
         parts = list(batches(ids, batch_size))
-        found = [_score_batch(attributed, scorers, dataset, part, examples, products, self_influence) for part in parts]
+        places = {i: place for place, i in enumerate(ids)}
+        wanted = [None if asked is None else asked[:, [places[i] for i in part]] for part in parts]
+        each = zip(parts, wanted, strict=True)
+        found = [_score_batch(attributed, scorers, dataset, part, examples, products, self_influence, some) for part, some in each]
     order = in_order(ids, parts)
 
     def joined(each: Sequence[Tensor]) -> Tensor:
@@ -126,8 +130,9 @@ def score(
 
 
 def _score_batch(
-    attributed: Attributed, scorers: Sequence[Scorer], dataset: Any, ids: Sequence[int], examples: int, products: Products, selves: bool
-) -> ShardScores:
+    attributed: Attributed, scorers: Sequence[Scorer], dataset: Any, ids: Sequence[int], examples: int, products: Products, selves: bool,
+    asked: Tensor | None,
+) -> ShardScores:  # fmt: skip
     batch = attributed.load(dataset, ids)
     tape = attributed.tape(batch)
     loss = attributed.problem.likelihood.loss(tape.precise, batch.targets).to(attributed.dtype)
@@ -151,7 +156,7 @@ def _score_batch(
         scores = _block_scores(block, [s.directions[b] for _, s in made], pairs, products)
         for (m, scorer), part in zip(made, scores, strict=True):
             influence[m] += part
-            mass[m, b] = part.abs().sum(dtype=torch.float64)
+            mass[m, b] = (part if asked is None else part[asked]).abs().sum(dtype=torch.float64)
             if selves and isinstance(scorer.own, Plain | Kronecker) and not scorer.cosine:
                 own[m] += block_products(scorer.own, b, block, pairs, products)
         if any(s.cosine for s in scorers):

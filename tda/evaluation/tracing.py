@@ -31,14 +31,17 @@ def check_gold(gold: Sequence[Sequence[int]], examples: int) -> list[np.ndarray]
 
 
 def first_ranks(scores: np.ndarray, gold: Sequence[np.ndarray]) -> np.ndarray:
-    """The rank of each query's first gold document, (query,) float64, from 1; documents of one score share their mean rank.
+    """The rank of each query's first gold document, (query,) float64, from 1; among documents of one score, its expectation.
 
-    scores (query, train): higher is nearer. Raises InputError where a score is not a number.
+    scores (query, train): higher is nearer. Of n documents that tie, g of them gold, the first gold one has on average the place
+    (n + 1) / (g + 1) where ties are broken at random: the mean of all places for one, the first place where all are gold. Raises
+    InputError where a score is not a number.
     """
     _check_numbers(scores)
     best = np.array([row[ids].max() for row, ids in zip(scores, gold, strict=True)])
     above, level = (scores > best[:, None]).sum(1), (scores == best[:, None]).sum(1)
-    ranks: np.ndarray = above + (level + 1) / 2
+    tied = np.array([(row[ids] == most).sum() for row, ids, most in zip(scores, gold, best, strict=True)])
+    ranks: np.ndarray = above + (level + 1) / (tied + 1)
     return ranks
 
 

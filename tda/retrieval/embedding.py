@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -115,21 +115,33 @@ def nearest(queries: np.ndarray[Any, Any], documents: np.ndarray[Any, Any], k: i
     """The k documents with the largest cosine to each query: ids (query, k) int64, cosines (query, k) float32, the largest first.
 
     queries (query, dim), documents (document, dim): an array of Zarr will do, it is read BLOCK rows at a time, so that memory does not
-    grow with it. Of documents of one cosine, those that tie for the last places may be any of them. k: at most the number of documents.
+    grow with it. Documents of one cosine, as float32 has it, come by id, also at the last places. k: at most the number of documents.
     """
-    from sklearn.neighbors import NearestNeighbors
+    from sklearn.metrics import pairwise_distances_chunked
 
     ids = np.zeros((len(queries), 0), dtype=np.int64)
     cosines = np.zeros((len(queries), 0), dtype=np.float32)
     for start in range(0, documents.shape[0], BLOCK):
-        block = np.asarray(documents[start : start + BLOCK])
-        index = NearestNeighbors(n_neighbors=min(k, len(block)), metric="cosine", algorithm="brute").fit(block)
-        distance, place = index.kneighbors(queries)
-        ids = np.concatenate([ids, place.astype(np.int64) + start], 1)
-        cosines = np.concatenate([cosines, (1 - distance).astype(np.float32)], 1)
+        # In float64 the same document twice has the same cosine twice, wherever a matrix product meets it.
+        block = np.asarray(documents[start : start + BLOCK], dtype=np.float64)
+        parts = pairwise_distances_chunked(np.asarray(queries, dtype=np.float64), block, reduce_func=partial(_best, k=k), metric="cosine")
+        place, cosine = (np.concatenate(each) for each in zip(*parts, strict=True))
+        ids, cosines = np.concatenate([ids, place + start], 1), np.concatenate([cosines, cosine], 1)
         order = np.lexsort((ids, -cosines), axis=1)[:, :k]
         ids, cosines = np.take_along_axis(ids, order, 1), np.take_along_axis(cosines, order, 1)
     return ids, cosines
+
+
+def _best(distances: np.ndarray[Any, Any], _start: int, *, k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Of distances (query, document), 1 - cosine: the places and the cosines of the k nearest of each query, in the order of places."""
+    cosines = (1 - distances).astype(np.float32)
+    count = min(k, cosines.shape[1])
+    last = np.partition(cosines, -count, axis=1)[:, -count, None]
+    above, level = cosines > last, cosines == last
+    # Of those that tie for the last places, the first ones.
+    taken = above | (level & (level.cumsum(1) <= count - above.sum(1, keepdims=True)))
+    place = np.nonzero(taken)[1].reshape(len(cosines), count)
+    return place, np.take_along_axis(cosines, place, 1)
 
 
 @lru_cache(maxsize=1)

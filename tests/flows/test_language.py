@@ -15,6 +15,7 @@ from flows.cli import status
 from flows.config import load_config
 from tasks.plan import plan
 from tasks.prepare import examine
+from tasks.report_parts import parting
 from tasks.subject import forget, open_subject
 from tda import InputError
 from tda.data import load_batch
@@ -214,6 +215,14 @@ def test_a_run_in_batches_of_tokens_and_a_low_rank_gives_the_full_scores_and_sta
     errors = [*found["short"]["mean"].values(), *found["short"]["largest"].values()]
     assert 0 < min(errors) <= max(errors) < 1
     assert 0 < np.linalg.norm(short - full) < 2 * max(errors) * np.linalg.norm(full)
+    request = request_of(load_config(config))
+    parts = [parting(plan(request, examine(request)))(place, 1, [0, 4, 2]) for place in (0, 1)]
+    for each, stored in zip(parts, run.influence.values, strict=True):
+        np.testing.assert_allclose(each.train.sum(1), stored[1, [0, 4, 2]], rtol=1e-4, atol=1e-6 * np.abs(stored).max())
+    assert [each.in_full for each in parts] == [False, True]
+    np.testing.assert_allclose(parts[1].query, parts[0].query, rtol=1e-4, atol=1e-6 * np.abs(parts[0].query).max())
+    page = (Path(run.url.removeprefix("file://")) / "report.html").read_text()
+    assert page.count("with directions in full: they add up") == page.count('<p class="tokens of-query">') / 2 > 0
     warned = any("query_rank = 2 keeps the directions of" in note for note in run.manifest["notes"])
     assert warned == (max(found["short"]["mean"].values()) > ROUGH)
 
@@ -224,7 +233,7 @@ def test_ranks_budgets_and_autocast_are_checked_before_anything_is_done(config):
     assert json.loads(request_of(load_config(config, ["query_rank=3"])).methods[0])["query_rank"] == 3
     with pytest.raises(InputError, match="batch_size = 2 counts examples and batch_tokens = 9 tokens; leave one of them out"):
         examine(request_of(load_config(config, ["batch_size=2", "batch_tokens=9"])))
-    with pytest.raises(InputError, match='autocast = "bfloat16" makes no sense with a float64 model'):
+    with pytest.raises(InputError, match='autocast = "bfloat16" makes no sense with the float64 model'):
         examine(request_of(load_config(config, ["autocast=bfloat16"])))
 
 

@@ -233,5 +233,17 @@ def test_large_models_are_planned_without_weights_and_never_run(
         assert status(["run", str(config), "--store", str(tmp_path), "--set", 'cluster={kind="local"}']) == BAD_INPUT
 
 
+def test_multistage_is_planned_as_its_inverse_is(tmp_path: Path) -> None:
+    stage = 'proximity = 1e-3\nfisher = "exact"\ninverse = "INVERSE"\npretraining = {problem = "tda.problems.digits:Digits"}\n'
+    text = DIGITS.replace("[cluster]", f'[[methods]]\nname = "multistage"\n{stage}[cluster]')
+    flops = {}
+    for inverse in ("ekfac", "cg"):
+        (tmp_path / "run.toml").write_text(text.replace("INVERSE", inverse))
+        found = {each.name: each.flops for each in planned(tmp_path / "run.toml")}
+        flops |= {inverse: found["directions (multistage)"], "alone": found["directions (ekfac)"]}
+    assert flops["ekfac"] == flops["alone"]
+    assert flops["cg"] > 10 * flops["alone"]
+
+
 def test_durations_are_told_as_people_would() -> None:
     assert [duration(hours) for hours in (0.001, 0.5, 30, 480)] == ["3.6 s", "30 min", "30 hours", "20 days"]

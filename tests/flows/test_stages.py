@@ -46,6 +46,7 @@ class Untrained(Before):
     fit = tda.Problem.fit
 """
 )
+NARROW = 'problem_options = {dtype = "float32"}'
 METHOD = {"name": "multistage", "proximity": 0.5, "fisher": "exact"}
 CONFIG = """
 problem = "tiny.py:Tiny"
@@ -248,6 +249,8 @@ def told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         (("damping = 0.1", "damping = -0.1"), 'pretraining.damping must be a finite number >= 0 or "heuristic", got -0.1'),
         (("tiny.py:Before", "no.py:Before"), "no.py does not exist; the path is taken from the folder of the configuration"),
         (("tiny.py:Before", "tiny.py:Beforr"), "has no class Beforr"),
+        (('"tiny.py:Tiny"', f'"tiny.py:Tiny"\nautocast = "bfloat16"\n{NARROW}'), 'autocast = "bfloat16" makes no sense with the float64'),
+        (('"tiny.py:Tiny"', f'"tiny.py:Tiny"\nproducts = "bfloat16"\n{NARROW}'), 'products = "bfloat16" makes no sense with the float64'),
         (("tiny.py:Before", "tiny.py:Untrained"), "has no fit method and stage 'pretraining' no checkpoint; give one of them"),
         (("tiny.py:Before", "tiny.py:Wider"), "only in the fine-tuned model: 3.weight, 3.bias; only in pretraining: 3.weight, 3.bias"),
         (("tiny.py:Before", "tiny.py:Other"), "pretraining shares no attributed parameter with the model fine-tuned from it"),

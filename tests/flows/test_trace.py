@@ -201,6 +201,11 @@ def test_an_encoder_that_was_replaced_is_another_evaluation(tmp_path):
 
     before = url()
     assert url() == before
+    (tmp_path / "encoder").rename(tmp_path / "moved")
+    options = options.replace("/encoder", "/moved")
+    assert url() == before, "where it lies does not matter"
+    (tmp_path / "moved").rename(tmp_path / "encoder")
+    options = options.replace("/moved", "/encoder")
     model = tiny.drawn(BertModel, tiny.CONFIGS["BERT"])
     with torch.no_grad():
         next(model.parameters()).add_(1.0)

@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +41,22 @@ def test_the_page_holds_what_a_run_must_state(run):
     assert 'data-name="damping">0.001<' in page
     assert "62 %" in page  # the share of layer fc1
     assert "14.2 s" in page  # the whole run's time, not the sum of its stages
+
+
+def test_a_page_is_filled_into_the_templates_that_its_code_came_with(run, monkeypatch):
+    """Chains take minutes, and the package may be upgraded meanwhile: a newer template asks for what older code does not give."""
+    real = Path.open
+
+    def replaced(path, *args, **options):
+        assert path.suffix != ".j2", "read again while the process runs"
+        return real(path, *args, **options)
+
+    def gone(loader, environment, name):
+        raise AssertionError(f"{name} is read again while the process runs")
+
+    monkeypatch.setattr(Path, "open", replaced)
+    monkeypatch.setattr("jinja2.FileSystemLoader.get_source", gone)
+    assert "Distribution of scores" in write_report(run, Shown(images)).decode()
 
 
 def test_the_page_opens_on_the_last_method_of_the_configuration(tmp_path):

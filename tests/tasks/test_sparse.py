@@ -10,9 +10,12 @@ from flows.attribute import examine, request_of
 from flows.config import load_config
 from tasks import candidates, directions, scores, sparse, training
 from tasks import plan as plans
+from tasks.publish import layer_share
 from tasks.subject import open_subject
 from tda import checkpoint, location
+from tda.errors import InputError
 from tda.problem import load_problem
+from tda.results import Run
 from tests.flows.runs import PROBLEM, objects, write_config
 from tests.tasks.jobs import fit
 
@@ -42,7 +45,12 @@ damping = 0.01
 
 @pytest.fixture
 def plan(tmp_path: Path) -> plans.Plan:
-    request = request_of(load_config(write_config(tmp_path / "config", CONFIG, SPOKEN), (), f"{tmp_path}/store"))
+    return planned(tmp_path)
+
+
+def planned(tmp_path: Path, *overrides: str) -> plans.Plan:
+    """A plan of which only the scores are to be made."""
+    request = request_of(load_config(write_config(tmp_path / "config", CONFIG, SPOKEN), overrides, f"{tmp_path}/store"))
     inputs = examine(request)
     training.train((request.subject, request.seed, plans.training_artifact(request, inputs, request.seed)))
     decided = plans.plan(request, inputs)
@@ -100,6 +108,22 @@ def test_what_is_stored_is_each_querys_candidates(plan: plans.Plan) -> None:
         sparse.verify_block((job, block))
 
 
+def test_a_methods_label_selects_in_candidates_as_in_a_full_scan(plan: plans.Plan) -> None:
+    job = created(plan, "first")
+    run(job)
+    folder = job.results.rpartition("/")[0]
+    found = Run(folder, {"config": {"candidates": {"on": "train"}}, "shape": {"train": 23}}).candidates
+    row = found["influence"].loc["ekfac", 2].to_numpy()
+    for same in (found["influence"].sel(method="ekfac", query=2), found.sel(method="ekfac").influence.sel(query=2)):
+        np.testing.assert_array_equal(same.to_numpy(), row)
+    assert set(found["influence"].coords) >= {"method", "query", "candidate_id", "candidate_source", "candidate_label", "query_label"}
+    assert found.sel(query=[2], method="ekfac").sizes["query"] == 1
+    assert found.attrs["examples"] == found["influence"].attrs["examples"] == 23
+    for data in (found, found["influence"], found.sel(method="gradcos")):
+        with pytest.raises(InputError, match="no method 'kfac' here; there is gradcos"):
+            data.sel(method="kfac")
+
+
 def test_only_the_candidates_of_a_block_pass_through_the_model(plan: plans.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     job, seen = created(plan, "first"), dict[int, list[int]]()
     real = scores.score
@@ -135,6 +159,32 @@ def test_what_has_a_receipt_is_not_computed_again(plan: plans.Plan) -> None:
     sparse.gather((job, 0))
     assert objects(job.results) == before
     assert not [name for name in objects(job.receipts) if name.endswith(".safetensors")]
+
+
+def test_layers_share_what_was_asked_for_however_the_queries_are_cut(tmp_path: Path) -> None:
+    shares = []
+    for block in (1, 3, 5):  # alone, a query's pieces hold its own candidates and no others
+        plan = planned(tmp_path, f"query_block={block}")
+        job = created(plan, f"by-{block}")
+        receipts = [sparse.score_piece(piece) for piece in sparse.pieces(job)]
+        shares.append(layer_share(replace(plan.first, scores=job), receipts)["ekfac"])
+    assert len(set(shares[0].values())) > 1
+    for other in shares[1:]:
+        assert other == pytest.approx(shares[0], rel=1e-9)
+
+
+def test_self_influence_is_not_there_for_candidates_and_asking_makes_no_other_run(tmp_path: Path) -> None:
+    file, weights = write_config(tmp_path / "config", CONFIG, SPOKEN), tmp_path / "weights.safetensors"
+    weights.write_bytes(checkpoint.dump(load_problem(f"{tmp_path}/config/tiny.py:Spoken").model()))
+
+    def print_of(*overrides: str) -> str:
+        request = request_of(load_config(file, [f'checkpoint="{weights}"', *overrides], f"{tmp_path}/store"))
+        return plans.plan(request, examine(request)).fingerprint
+
+    assert print_of("self_influence=false") == print_of()
+    text = file.read_text()
+    file.write_text(text[: text.index("[candidates]")] + text[text.index("[[methods]]") :])
+    assert print_of("self_influence=false") != print_of()
 
 
 def test_on_s3_the_bytes_are_those_of_a_folder(plan: plans.Plan, moto_s3: str) -> None:

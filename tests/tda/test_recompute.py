@@ -1,6 +1,7 @@
 """Activation checkpointing: the same numbers, with the insides of layers computed again and not kept."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -60,6 +61,21 @@ def test_less_is_kept(tmp_path):
     batch = plain.load(problem.train_data(), range(5))
     kept, again = (saved_bytes(each, batch) for each in (plain, replace(plain, recompute=True)))
     assert 0 < again < 0.6 * kept
+
+
+def test_a_forward_that_was_put_on_a_layer_is_used_and_stays():
+    layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    layers.append(layers[0])
+    model = nn.ModuleDict({"layers": layers})
+    plain = layers[1].forward
+    layers[1].forward = doubled = lambda inputs: 2 * plain(inputs)
+    inputs = torch.ones(1, 2, requires_grad=True)
+    wanted = layers[2](layers[1](layers[0](inputs)))
+    with recomputing(model):
+        torch.testing.assert_close(layers[2](layers[1](layers[0](inputs))), wanted)
+        assert all(isinstance(layer.forward, partial) for layer in layers)
+    assert layers[1].forward is doubled
+    assert "forward" not in layers[0].__dict__, "also where a layer is used twice"
 
 
 def test_layers_of_layers_are_one():

@@ -118,6 +118,21 @@ def test_neighbours_are_those_of_all_cosines_whatever_the_block(monkeypatch):
         np.testing.assert_allclose(cosines, np.take_along_axis(unit[0] @ unit[1].T, truth, 1), atol=1e-6)
 
 
+def test_documents_of_one_cosine_come_by_id_also_at_the_last_places(monkeypatch):
+    generator = np.random.default_rng(0)
+    kinds = generator.normal(size=(4, 384)).astype(np.float32)
+    documents = np.concatenate([np.repeat(kinds, 150, 0), generator.normal(size=(37, 384)).astype(np.float32)])
+    documents = documents[generator.permutation(len(documents))]
+    queries = np.concatenate([kinds, generator.normal(size=(3, 384)).astype(np.float32)])
+    for block in (100, 1000):
+        monkeypatch.setattr(embedding, "BLOCK", block)
+        ids, cosines = nearest(queries, documents, 40)
+        for kind, row in zip(kinds, ids, strict=False):
+            assert row.tolist() == np.flatnonzero((documents == kind).all(1))[:40].tolist()
+        assert (cosines[:4] == cosines[:4, :1]).all()
+        assert (np.diff(cosines) <= 0).all()
+
+
 def test_a_digest_follows_the_weights_and_the_pooling(tmp_path):
     folder = save_encoder(tmp_path / "encoder", pooling={"pooling_mode_mean_tokens": True})
     seen = {encoder_digest(str(folder))}

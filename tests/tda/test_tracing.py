@@ -1,5 +1,8 @@
 """Ranks and recalls of fact tracing are those that can be counted by hand, ties and all."""
 
+from itertools import combinations
+from math import comb
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,9 +24,10 @@ def test_the_first_gold_document_counts():
     assert recalls(scores, golds([2, 3], [3]), k=3).tolist() == [0.5, 1.0]
 
 
-def test_documents_of_one_score_share_their_mean_rank_and_their_chance_of_a_place():
+def test_documents_of_one_score_share_their_expected_rank_and_their_chance_of_a_place():
     scores = np.zeros((1, 21))
     assert first_ranks(scores, golds([0])).tolist() == [11.0]  # (1 + 21) / 2, wherever the gold one stands
+    assert first_ranks(np.array([[2.0, 2.0, 1.0]]), golds([0, 1])).tolist() == [1.0]  # gold ones alone tie: one of them is first
     assert recalls(scores, golds([0, 20])) == pytest.approx(10 / 21)
     scores[0, :5] = 1
     assert recalls(scores, golds([0, 20])) == pytest.approx((1 + 5 / 16) / 2)
@@ -34,7 +38,13 @@ def test_documents_of_one_score_share_their_mean_rank_and_their_chance_of_a_plac
 def test_ranks_and_recalls_are_what_sorting_says(values, data):
     ids = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, unique=True))
     scores = np.array([values], float)
-    assert first_ranks(scores, golds(sorted(ids)))[0] == rankdata(-scores[0])[ids].min()
+    level = np.flatnonzero(scores[0] == scores[0, ids].max()).tolist()
+    # Every order of those that tie is as likely: the mean place of the first gold one over the places that the gold ones may have.
+    tied = len(set(level) & set(ids))
+    places = [min(chosen) for chosen in combinations(range(1, len(level) + 1), tied)] if comb(len(level), tied) < 5000 else []
+    rank = first_ranks(scores, golds(sorted(ids)))[0]
+    assert not places or rank == pytest.approx((scores[0] > scores[0, ids].max()).sum() + np.mean(places))
+    assert tied > 1 or rank == rankdata(-scores[0])[ids].min()
     found = recalls(scores, golds(sorted(ids)), k=4)[0]
     noise = np.random.default_rng(0).random((400, len(values)))
     orders = np.argsort(-scores + 1e-6 * noise, 1)[:, :4]  # ties broken at random
