@@ -87,7 +87,7 @@ def _is_trained(request: prepare.Request, inputs: prepare.Inputs) -> bool:
 def _attributed(config: RunConfig, request: prepare.Request, inputs: prepare.Inputs, started: float) -> RunSummary:
     """The run itself, as a flow below this one."""
     try:
-        with _followed() as follower, attribute.cluster_for(request, config.cluster.spec()) as client:
+        with _followed() as follower, attribute.cluster_for(request.subject, config.cluster.spec()) as client:
             with attribute.given(attribute.Prepared(started, inputs, client)):
                 done = attribute.attribute(config.model_dump(mode="json"))
             follower.finish(done.run_id)

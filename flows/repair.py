@@ -21,6 +21,7 @@ from prefect import flow  # noqa: E402  (its settings are read at import)
 
 from flows import attribute, failures, stages  # noqa: E402
 from flows.config import RunConfig  # noqa: E402
+from flows.guarded import completed, guarded  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 
 
@@ -54,7 +55,7 @@ def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None
         inputs = attribute.examine(request)
         _check_same(run, request, inputs)
         with (
-            attribute.cluster_for(request, config.cluster.spec()) as client,
+            attribute.cluster_for(request.subject, config.cluster.spec()) as client,
             api.used(),
             attribute.given(attribute.Prepared(started, inputs, client)),
             failures.told(request.store, command),
@@ -63,12 +64,13 @@ def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None
             storage.write_json(f"{run.url}/run.json", {**run.manifest, "complete": False, "repairing": before})
             for each in broken:
                 verify.take_away(run.store, each)
-            mend(config.model_dump(mode="json"), run.url, lost)
+            completed(mend, config.model_dump(mode="json"), run.url, lost)
     now = verify.digests(run.store, [Checked(folder, 0, 0) for folder in before])
     return [folder for folder, digest in before.items() if now.get(folder) != digest]
 
 
 @flow(name="repair", validate_parameters=False)
+@guarded
 def mend(config: dict[str, Any], run_url: str, lost: list[str]) -> None:
     """Compute what of a run is not there, and turn it complete as it was. lost: the names of objects that were taken away."""
     parsed = RunConfig.model_validate(config)
