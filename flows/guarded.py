@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from infra.masking import hide, masked
+from infra.masking import hide, masked, remember
 from infra.prefect_api import gone
 from infra.settings import quiet_prefect
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 quiet_prefect()
 from prefect import task  # noqa: E402  (its settings are read at import)
 from prefect.cache_policies import NO_CACHE  # noqa: E402
+
+remember()  # also of what a problem loads while it is examined, before a flow begins
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,7 +1,7 @@
 """Secrets do not leave the process: not in a message, not in a log record, not in what a flow tells Prefect's server of its errors.
 
 What counts as one: names and passwords in URLs, keys and tokens in their queries, the values of environment variables that are named like
-secrets, and, from `watch` on, what this process has read from a secret of pydantic's: those of Prefect's blocks and settings are.
+secrets, and, from `remember` on, what this process reads out of a secret of pydantic's, as those of Prefect's blocks and settings are.
 """
 
 import logging
@@ -74,13 +74,14 @@ def _hidden(part: Any) -> Any:
     return masked(part) if isinstance(part, str) else hide(part) if isinstance(part, BaseException) else part
 
 
-def watch() -> None:
-    """From now on: log records of this process, which Prefect sends to its server, and the traceback that ends it, hold no secret.
-
-    What pydantic's secrets are read for is remembered, since a value that nobody read cannot be told.
-    """
+def mask_logs() -> None:
+    """From now on, log records of this process, which Prefect sends to its server, and the traceback that ends it hold no secret."""
     logging.setLogRecordFactory(_record)
     sys.excepthook = _excepthook
+
+
+def remember() -> None:
+    """From now on, remember what this process reads out of a secret of pydantic's: what nobody has read cannot be told."""
     from pydantic import Secret, SecretBytes, SecretStr
 
     for kind in (Secret, SecretStr, SecretBytes):
@@ -88,10 +89,15 @@ def watch() -> None:
             kind.get_secret_value = _remembering(kind.get_secret_value)  # type: ignore[method-assign]
 
 
+def learn(secret: Any) -> None:
+    """Remember a secret, or all texts in a table of secrets."""
+    _REVEALED.update(_texts(secret))
+
+
 def _remembering(read: Any) -> Any:
     def get_secret_value(self: Any) -> Any:
         value = read(self)
-        _REVEALED.update(_texts(value))
+        learn(value)
         return value
 
     get_secret_value.remembers = True  # type: ignore[attr-defined]

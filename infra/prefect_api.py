@@ -105,6 +105,8 @@ def embedded_api() -> Iterator[Api]:
 
 def gone(error: BaseException) -> str:
     """What to tell where an error means that Prefect's server does not answer any more, or not as it should; empty for any other error."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Failed to reach API") and error.__cause__ is not None:
+        error = error.__cause__  # so a client says it that is just begun
     if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore") and type(error).__name__ != "PrefectHTTPStatusError":
         return ""
     from prefect.settings import PREFECT_API_URL
