@@ -63,12 +63,13 @@ def completed(flow: Flow[..., R], *arguments: Any, **options: Any) -> R:
     token = _RETURNED.set({})
     try:
         result: R = flow(*arguments, **options)
-        return result
     except Exception as error:
         kept = _RETURNED.get() or {}
         if flow.fn not in kept or not gone(error):
             raise
         sys.stderr.write(f"tda: {masked(gone(error))}; the results are complete all the same, and only that server does not know\n")
         return kept[flow.fn]  # type: ignore[no-any-return]
+    else:
+        return result
     finally:
         _RETURNED.reset(token)

@@ -64,7 +64,7 @@ class Follower:
     def _show(self, percent: float, text: str) -> None:
         made = self._id
         if made is not None:
-            self._tried(lambda: update_progress_artifact(made, percent, description=masked(text)) or made)
+            self._tried(lambda: update_progress_artifact(made, percent, description=masked(text)))
 
     def _tried(self, show: Callable[[], Any]) -> None:
         """A server that does not answer costs no run. show: gives the artifact's id."""

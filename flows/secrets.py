@@ -33,7 +33,9 @@ def refuse(values: Any, where: str = "") -> None:
         for place, value in enumerate(values):
             refuse(value, f"{where}.{place}")
     elif isinstance(values, str) and _IN_URL.search(values):
-        raise ValueError(f"{where} is a URL with a password or a token, and a run stores its configuration; let the problem read it from os.environ")
+        raise ValueError(
+            f"{where} is a URL with a password or a token, and a run stores its configuration; let the problem read it from os.environ"
+        )
 
 
 def _is_told(value: Any) -> bool:

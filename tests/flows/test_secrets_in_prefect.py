@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from flows.config import load_config
 from tests.flows.runs import PROBLEM, write_config
 from tests.flows.test_nightly import CONFIG
 
-SECRET, TOKEN = "correct-horse-battery", "ghp_staple"  # noqa: S105
+SECRET, TOKEN = "correct-horse-battery", "ghp_staple"
 
 LEAKY = PROBLEM.replace(
     'raise RuntimeError(f"example {i} is cursed\\\\nreally")',
@@ -31,7 +32,7 @@ def masking_logs(monkeypatch: pytest.MonkeyPatch):
         logger = logging.getLogger(name)
         levels[logger] = logger.level
         logger.setLevel("INFO")
-    monkeypatch.setattr("sys.excepthook", None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     yield
     logging.setLogRecordFactory(before)
     for logger, level in levels.items():
@@ -43,8 +44,10 @@ def everything(flow_run: str, seconds: float = 20) -> str:
     end = time.monotonic() + seconds
     with get_client(sync_client=True) as client:
         while True:
-            told = [client.request("POST", f"/{what}/filter", json={}).text for what in ("logs", "flow_runs", "task_runs", "artifacts", "events")]
-            if flow_run in told[0] and "Finished in state Failed" in told[0] and "refused" in told[2] or time.monotonic() > end:
+            kinds = ("logs", "flow_runs", "task_runs", "artifacts", "events")
+            told = [client.request("POST", f"/{kind}/filter", json={}).text for kind in kinds]
+            arrived = flow_run in told[0] and "Finished in state Failed" in told[0] and "refused" in told[2]
+            if arrived or time.monotonic() > end:
                 return "\n".join(told)
             time.sleep(0.2)
 
@@ -70,7 +73,7 @@ def test_an_error_with_secrets_reaches_the_server_without_them(
 
 
 def test_artifacts_hold_no_secrets_and_a_run_is_complete_where_they_cannot_be_made(
-    single: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masking_logs: None
 ) -> None:
     config = write_config(tmp_path / "config", CHECKED)
     parsed = load_config(config, [single], str(tmp_path / "store"), pin=False)
