@@ -71,7 +71,6 @@ def nightly(config: dict[str, Any] | str, folder: str = "") -> State[Any]:
         nightly_told.tell(done)
     except Exception as error:  # noqa: BLE001  (whatever it is, the run is complete)
         log.warning("run %s is complete; its table and links are not shown, since Prefect's server refused them: %s", done.run_id, error)
-        )
     said = f"run {done.run_id} is complete; reused: {', '.join(done.reused) or 'nothing'}"
     log.info("%s; report: %s (%.1f s)", said, done.report_url, time.perf_counter() - started)
     return Completed(message=said)
