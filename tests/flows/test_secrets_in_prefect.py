@@ -17,10 +17,7 @@ from tests.flows.test_nightly import CONFIG
 
 SECRET, TOKEN = "correct-horse-battery", "ghp_staple"
 
-LEAKY = PROBLEM.replace(
-    'raise RuntimeError(f"example {i} is cursed\\\\nreally")',
-    f'raise RuntimeError("refused: " + os.environ["DB_PASSWORD"] + " at https://{TOKEN}@host/x?key=" + os.environ["DB_PASSWORD"])',
-)
+LEAKY = PROBLEM.replace('f"example {i} is cursed', f'f"refused: {SECRET} at https://{TOKEN}@host/x?key={SECRET}; cursed')
 CHECKED = CONFIG.replace('checkpoint = "ckpt/step-*.safetensors"\n', "")
 
 
@@ -60,9 +57,8 @@ def test_an_error_with_secrets_reaches_the_server_without_them(
     (traps / "fail-3").touch()
     monkeypatch.setenv("DB_PASSWORD", SECRET)
     text = f'{CHECKED}\n[problem_options]\ntraps = "{traps}"\n'
-    # The worker was started before this test, without the variable: the flow's own process knows it.
-    leaky = LEAKY.replace('os.environ["DB_PASSWORD"]', f'"{SECRET}"')
-    config = load_config(write_config(tmp_path / "config", text, leaky), [single], str(tmp_path / "store"), pin=False)
+    # The worker was started before this test, without the variable: what it does not know, the flow's own process does.
+    config = load_config(write_config(tmp_path / "config", text, LEAKY), [single], str(tmp_path / "store"), pin=False)
     state = flow.nightly(config.model_dump(mode="json"), str(tmp_path / "config"), return_state=True)
     assert state.is_failed()
     assert "refused: ***" in state.message, "notifications quote this"
