@@ -60,8 +60,8 @@ class Kernels(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _attention(self, asked: Attention) -> Tensor:
-        def attend(*tensors: Any) -> Tensor:
-            one = Attention(*tensors, *asked[4:])
+        def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            one = asked._replace(query=query, key=key, value=value, attn_mask=mask)
             if _plain(one):
                 return _causal(one.query, one.key, one.value, one.scale)
             if one.query.device.type != "cpu":
