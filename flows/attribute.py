@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from infra import storage
 from infra.cluster import ClusterSpec, open_cluster
@@ -35,6 +35,7 @@ from prefect import flow  # noqa: E402  (its settings are read at import)
 
 from flows import failures, stages  # noqa: E402
 from flows.failures import RunFailed  # noqa: E402
+from flows.guarded import completed, guarded  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 
 
@@ -65,17 +66,26 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
     with embedded_api() as api:
         inputs = examine(request)
         with (
-            cluster_for(request, config.cluster.spec()) as client,
+            cluster_for(request.subject, config.cluster.spec()) as client,
             api.used(),
             given(Prepared(started, inputs, client)),
             failures.told(request.store, command),
         ):
-            return attribute(config.model_dump(mode="json"))
+            return completed(attribute, config.model_dump(mode="json"))
 
 
-def cluster_for(request: prepare.Request, cluster: ClusterSpec) -> AbstractContextManager[Client]:
-    """A cluster whose workers have the request's problem, and versions like those here."""
-    return open_cluster(cluster, partial(standing, request.subject.problem, request.subject.options))
+class OfProblem(Protocol):
+    """What names a problem and its options, as JSON."""
+
+    @property
+    def problem(self) -> str: ...
+    @property
+    def options(self) -> str: ...
+
+
+def cluster_for(of: OfProblem, cluster: ClusterSpec) -> AbstractContextManager[Client]:
+    """A cluster whose workers have the problem, and versions like those here."""
+    return open_cluster(cluster, partial(standing, of.problem, of.options))
 
 
 def examine(request: prepare.Request) -> prepare.Inputs:
@@ -145,11 +155,12 @@ def prepared(request: prepare.Request, cluster: ClusterSpec) -> Iterator[Prepare
         return
     started = time.perf_counter()
     inputs = examine(request)
-    with cluster_for(request, cluster) as client:
+    with cluster_for(request.subject, cluster) as client:
         yield Prepared(started, inputs, client)
 
 
 @flow(name="attribute", validate_parameters=False)
+@guarded
 def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
     """Fit, score, publish. config: a RunConfig as JSON, so that a schedule can hold it. reuse: a finished run of the same will do."""
     from flows.config import RunConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flows.arguments import Config, OtherStore, Overrides
-from flows.secrets import masked
+from infra.masking import masked
 
 if TYPE_CHECKING:
     from flows.config import RunConfig

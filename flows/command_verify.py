@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.arguments import DEFAULT_STORE, RunId, Store
+from flows.arguments import DEFAULT_STORE, RunId, Store, readable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from tasks.verify import Checked
 
 WRONG = 1
+#: Objects that belong to nothing and are told by name, at most.
+NAMED = 3
 
 
 def verify(
     run: RunId = "latest",
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Delete what is damaged, and compute it again by the run's configuration.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Compute what is damaged again by the run's configuration.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Repair with processes on this machine, not on the run's cluster.")] = None,
     store: Store = DEFAULT_STORE,
 ) -> int:
@@ -41,12 +41,16 @@ def verify(
     command = shlex.join(["tda", "verify", opened.id, "--repair", *more, "--store", store])
     if repair and (wrong or unfinished):
         from flows.repair import repair as mend
+        from tda import location
 
         others = mend(opened, found, command, workers)
         typer.echo("repaired; checking again")
         wrong = _tell(check(open_run(store, opened.id))) + len(others)
         for folder in others:
-            typer.echo(f"{folder}: made again, and its bytes are others: machine or libraries are not those that the run was computed with")
+            aside = f"{opened.store}/aside/{folder}"
+            kept = f"; what it was is kept in {readable(aside)}" if location.exists(f"{aside}/aside.json") else ""
+            said = "made again, and its bytes are others: machine or libraries are not those that the run was computed with"
+            typer.echo(f"{folder}: {said}{kept}")
     elif wrong or unfinished:
         typer.echo(f"mend     {command}")
     return WRONG if wrong or (unfinished and not repair) else 0
@@ -56,10 +60,14 @@ def _tell(found: Sequence[Checked]) -> int:
     """Print what was found; the number of faults."""
     wrong = 0
     for each in found:
-        said = each.note or (f"{each.objects} objects, {each.bytes:,} bytes" if each.objects else "")
+        said = "; ".join(filter(None, [f"{each.objects} objects, {each.bytes:,} bytes" if each.objects else "", each.note]))
         typer.echo(f"{each.folder}: {said or 'cannot be compared'}")
         for fault in each.faults:
             typer.echo(f"  {fault.name}: {fault.what}")
+        if each.strangers:
+            more = f", and {len(each.strangers) - NAMED} more" if len(each.strangers) > NAMED else ""
+            names = ", ".join(each.strangers[:NAMED])
+            typer.echo(f"  {len(each.strangers)} that belong to nothing, and are left alone: {names}{more}")
         wrong += len(each.faults)
     objects, size = sum(each.objects for each in found), sum(each.bytes for each in found)
     typer.echo(f"{wrong} of {objects} objects are wrong" if wrong else f"nothing is wrong: {objects} objects, {size:,} bytes read")

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
-from infra.cluster import ShardFailed, open_cluster
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import decompose, decompose_lds, decompose_measure, decompose_page, decompose_results, decompose_temporary, layout, training
@@ -21,20 +20,17 @@ from tasks.decompose_lds import LdsJob
 from tasks.dense import DenseJob
 from tasks.factors import FactorJob
 from tda import location
-from tda.errors import InputError
 
 if TYPE_CHECKING:
     from flows.study import StudyConfig
 
 quiet_prefect()
-from prefect import flow, task  # noqa: E402  (its settings are read at import)
-from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect import flow  # noqa: E402  (its settings are read at import)
 
-from flows import stages  # noqa: E402
-from flows.attribute import RunFailed  # noqa: E402
+from flows import attribute, failures, stages  # noqa: E402
+from flows.guarded import as_task, completed, guarded  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 
-_stage = task(cache_policy=NO_CACHE, persist_result=False)
 # The flow's own argument is a configuration alone, so that a schedule can hold it: what decompose_study examined, it finds here.
 _EXAMINED: ContextVar[list[Point] | None] = ContextVar("examined", default=None)
 
@@ -67,14 +63,8 @@ def decompose_study(config: StudyConfig, command: str = "") -> StudySummary:
     storage.check_store(study.store)
     examined = _EXAMINED.set(decompose.examine(study))
     try:
-        with embedded_api() as api, api.used():
-            return decompose_flow(config.model_dump(mode="json"))
-    except ShardFailed as error:
-        kept = f"what is finished is kept in {study.store}"
-        if isinstance(error.cause, InputError):
-            raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
-        resume = f"`{command}`" if command else "the same study"
-        raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
+        with embedded_api() as api, api.used(), failures.told(study.store, command, "the same study"):
+            return completed(decompose_flow, config.model_dump(mode="json"))
     finally:
         _EXAMINED.reset(examined)
 
@@ -93,6 +83,7 @@ def study_of(config: StudyConfig) -> Study:
 
 
 @flow(name="decompose", validate_parameters=False)
+@guarded
 def decompose_flow(config: dict[str, Any]) -> StudySummary:
     """Train, decompose, measure, publish. config: a StudyConfig as JSON, so that a schedule can hold it."""
     from flows.study import StudyConfig
@@ -103,7 +94,7 @@ def decompose_flow(config: dict[str, Any]) -> StudySummary:
     points = _EXAMINED.get() or decompose.examine(study)
     refused = [f"{decompose.listed(p.named)} ({p.parameters:,} parameters): {p.refused}" for p in points if p.refused]
     progress = Progress()
-    with progress.shown(), open_cluster(parsed.cluster.spec()) as client, stages.session(client, progress) as session:
+    with progress.shown(), attribute.cluster_for(study, parsed.cluster.spec()) as client, stages.session(client, progress) as session:
         url, manifest = _claim(study, points, config)
         for line in refused:
             progress.say(f"left out: {line}")
@@ -124,7 +115,7 @@ def decompose_flow(config: dict[str, Any]) -> StudySummary:
     return StudySummary(url.rpartition("/")[2], url, location.join(url, "report.html"), study.store, len(todo), refused, reused)
 
 
-@_stage
+@as_task
 def train(points: Sequence[Point]) -> None:
     """Train every model that is measured and not there yet."""
     jobs = {point.training[2]: point.training for point in points if not point.refused}
@@ -184,13 +175,13 @@ def fit(wave: Sequence[Todo]) -> None:
         stages.fit(job)
 
 
-@_stage
+@as_task
 def measure(wave: Sequence[Todo]) -> None:
     """Errors, overlaps and scores of some points; different points may be the same checkpoint."""
     stages.here().shards(decompose_measure.measure, list({each.job.url: each.job for each in wave}.values()), "measure")
 
 
-@_stage
+@as_task
 def evaluate(wave: Sequence[Todo]) -> None:
     """Retrain on subsets where the study asks for it, and compare the scores of every rung with that."""
     jobs = list({each.lds.url: each.lds for each in wave if each.lds is not None}.values())

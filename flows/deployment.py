@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+from infra.masking import learn
 from infra.prefect_api import ApiError
 from infra.settings import quiet_prefect
 from tda.errors import InputError, cause
@@ -255,6 +256,7 @@ def _webhook(name: str, url: str) -> UUID:
     from prefect.blocks.fields import SecretDict
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
+    learn(url)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     block = CustomWebhookNotificationBlock(
         name=slug,

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from infra.cluster import ShardFailed
+from infra.masking import masked
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import evaluate as measuring
@@ -34,14 +35,11 @@ if TYPE_CHECKING:
 
 quiet_prefect()
 from distributed import Client  # noqa: E402
-from prefect import flow, task  # noqa: E402  (its settings are read at import)
-from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect import flow  # noqa: E402  (its settings are read at import)
 
-from flows import attribute, stages  # noqa: E402
-from flows.attribute import RunFailed  # noqa: E402
+from flows import attribute, failures, stages  # noqa: E402
+from flows.guarded import as_task, completed, guarded  # noqa: E402
 from flows.progress import Progress  # noqa: E402
-
-_stage = task(cache_policy=NO_CACHE, persist_result=False)
 
 
 @dataclass(frozen=True)
@@ -85,21 +83,17 @@ def evaluate_run(config: RunConfig, command: str = "") -> EvaluationSummary:
     _check_stages(request)
     if config.candidates is not None:
         raise InputError("tda evaluate compares the scores of all training examples, and [candidates] leaves some out; remove the table")
-    try:
-        with embedded_api() as api:
-            inputs = attribute.examine(request)
-            truth = retraining.plan(request.store, _truth(config))
-            measuring.examine(_options(config), _families(config), truth)
-            with attribute.cluster_for(request, config.cluster.spec()) as client:
-                ready = _Ready(started, request, inputs, truth, client)
-                with api.used(), _given(ready):
-                    return evaluate(config.model_dump(mode="json"))
-    except ShardFailed as error:
-        kept = f"what is finished is kept in {request.store}"
-        if isinstance(error.cause, InputError):
-            raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
-        resume = f"`{command}`" if command else "the same evaluation"
-        raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
+    with embedded_api() as api:
+        inputs = attribute.examine(request)
+        truth = retraining.plan(request.store, _truth(config))
+        measuring.examine(_options(config), _families(config), truth)
+        with (
+            attribute.cluster_for(request.subject, config.cluster.spec()) as client,
+            api.used(),
+            _given(_Ready(started, request, inputs, truth, client)),
+            failures.told(request.store, command, "the same evaluation"),
+        ):
+            return completed(evaluate, config.model_dump(mode="json"))
 
 
 def _check_stages(request: prepare.Request) -> None:
@@ -144,6 +138,7 @@ def _given(ready: _Ready) -> Iterator[None]:
 
 
 @flow(name="evaluate", validate_parameters=False)
+@guarded
 def evaluate(config: dict[str, Any]) -> EvaluationSummary:
     """Attribute, retrain, compare, publish. config: a RunConfig as JSON."""
     from flows.config import RunConfig
@@ -187,7 +182,7 @@ def _retrained(config: RunConfig, store: str, masks: np.ndarray[Any, Any], stage
     return planned.url
 
 
-@_stage
+@as_task
 def retrain(job: RetrainJob, stage: str, masks: np.ndarray[Any, Any] | None = None) -> bool:
     """Train every model of a ground truth that is not there yet; True where an earlier evaluation had."""
     if layout.is_complete(job.url):
@@ -196,7 +191,7 @@ def retrain(job: RetrainJob, stage: str, masks: np.ndarray[Any, Any] | None = No
     return False
 
 
-@_stage
+@as_task
 def measure(job: Evaluation) -> None:
     """Compare each method's predictions with the ground truth."""
     stages.here().shards(measuring.measure, [(job, method) for method in range(len(job.families))], "measure")
@@ -224,12 +219,12 @@ def _randomised(config: RunConfig, ready: _Ready, job: Evaluation, chosen: Seque
     except (InputError, ShardFailed) as error:
         if isinstance(error, ShardFailed) and not isinstance(error.cause, InputError):
             raise  # may be gone at the next try, where a note would be for good
-        notes.append(f"the check against an untrained model was left out: {error}")
+        notes.append(f"the check against an untrained model was left out: {masked(str(error))}")
         return None
     return evaluate_removal.randomised(job, Run(done.run_url, location.read_json(location.join(done.run_url, "run.json"))))
 
 
-@_stage
+@as_task
 def publish(job: Evaluation, found: evaluate_results.Found, timings: dict[str, Any], notes: Sequence[str]) -> None:
     """Write arrays, table, page and manifest; the manifest last."""
     created = datetime.now(UTC).isoformat(timespec="seconds")

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from infra.cluster import ShardFailed
+from infra.prefect_api import gone, way_back
 from infra.storage import StoreError
-from tda.errors import InputError, StoreUnreachable, cause
+from tda.errors import InputError, StoreUnreachable
 from tda.patience import is_transient
 
 #: What a full or a read-only store says.
@@ -20,15 +21,20 @@ class RunFailed(RuntimeError):  # noqa: N818  (the name users read)
 
 
 @contextmanager
-def told(store: str, command: str = "") -> Iterator[None]:
-    """Turn whatever ends a run in the block into one line. store: URL; command: the command line that does the same again.
+def told(store: str, command: str = "", again: str = "the same run") -> Iterator[None]:
+    """Turn whatever ends a run in the block into one line.
+
+    Args:
+        store: URL.
+        command: the command line that does the same again.
+        again: what resumes it, where no command line is known.
 
     Raises:
         InputError: a shard met wrong input.
         RunFailed: a shard, the store or Prefect's API failed.
     """
     kept = f"what is finished is kept in {store}"
-    resume = f"`{command}`" if command else "the same run"
+    resume = f"`{command}`" if command else again
     try:
         yield
     except ShardFailed as error:
@@ -39,15 +45,11 @@ def told(store: str, command: str = "") -> Iterator[None]:
         raise RunFailed(f"{_said(error, str(error))}; {kept}; {resume} resumes it") from error
     except Exception as error:
         # Zarr passes on what file systems and botocore raise; Prefect what its HTTP client does.
-        if _is_prefect(error):
-            raise RunFailed(f"Prefect's API does not answer any more ({cause(error)}); {kept}; {resume} resumes it") from error
+        if server := gone(error):
+            raise RunFailed(f"{server}; {kept}; {way_back()}{resume} resumes it") from error
         if not (is_transient(error) or getattr(error, "errno", None) in FULL):
             raise
         raise RunFailed(f"{_said(error, str(error))}; {kept}; {resume} resumes it") from error
-
-
-def _is_prefect(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore") or type(error).__name__ == "PrefectHTTPStatusError"
 
 
 def _said(error: BaseException, text: str) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from flows.newest import is_floating, pinned
-from infra.cluster import ShardFailed
+from infra.masking import mask_logs
+from infra.prefect_events import use_patient_events
 from infra.settings import quiet_prefect
 from tasks import chain, layout, plan, prepare
 from tda import location
@@ -24,8 +25,9 @@ quiet_prefect()
 from prefect import State, flow, get_run_logger  # noqa: E402  (its settings are read at import)
 from prefect.states import Completed  # noqa: E402
 
-from flows import attribute, nightly_told  # noqa: E402
-from flows.attribute import RunFailed, RunSummary  # noqa: E402
+from flows import attribute, failures, nightly_told  # noqa: E402
+from flows.attribute import RunSummary  # noqa: E402
+from flows.guarded import completed, guarded  # noqa: E402
 from flows.progress import FOLLOWER  # noqa: E402
 
 #: The name of the state of a run that found nothing to do.
@@ -33,6 +35,7 @@ UNCHANGED = "Unchanged"
 
 
 @flow(name="nightly", validate_parameters=False)
+@guarded
 def nightly(config: dict[str, Any] | str, folder: str = "") -> State[Any]:
     """Attribute as a configuration says, unless a finished run of the same inputs is there.
 
@@ -47,6 +50,8 @@ def nightly(config: dict[str, Any] | str, folder: str = "") -> State[Any]:
         InputError, StoreError, ClusterError: the input is not usable; nothing was computed.
         RunFailed: a stage failed; the next firing resumes it.
     """
+    mask_logs()
+    use_patient_events()
     started, log = time.perf_counter(), get_run_logger()
     if folder and folder not in sys.path:
         sys.path.append(folder)  # the workers of a local cluster inherit it
@@ -62,7 +67,10 @@ def nightly(config: dict[str, Any] | str, folder: str = "") -> State[Any]:
         log.info("%s (%.1f s)", said, time.perf_counter() - started)
         return Completed(name=UNCHANGED, message=said)
     done = _attributed(parsed, request, inputs, started)
-    nightly_told.tell(done)
+    try:
+        nightly_told.tell(done)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the run is complete)
+        log.warning("run %s is complete; its table and links are not shown, since Prefect's server refused them: %s", done.run_id, error)
     said = f"run {done.run_id} is complete; reused: {', '.join(done.reused) or 'nothing'}"
     log.info("%s; report: %s (%.1f s)", said, done.report_url, time.perf_counter() - started)
     return Completed(message=said)
@@ -86,17 +94,15 @@ def _is_trained(request: prepare.Request, inputs: prepare.Inputs) -> bool:
 
 def _attributed(config: RunConfig, request: prepare.Request, inputs: prepare.Inputs, started: float) -> RunSummary:
     """The run itself, as a flow below this one."""
-    try:
-        with _followed() as follower, attribute.cluster_for(request, config.cluster.spec()) as client:
-            with attribute.given(attribute.Prepared(started, inputs, client)):
-                done = attribute.attribute(config.model_dump(mode="json"))
-            follower.finish(done.run_id)
-            return done
-    except ShardFailed as error:
-        kept = f"what is finished is kept in {request.store}"
-        if isinstance(error.cause, InputError):
-            raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
-        raise RunFailed(f"{error}; {kept}; the next firing resumes it") from error
+    with (
+        failures.told(request.store, again="the next firing"),
+        _followed() as follower,
+        attribute.cluster_for(request.subject, config.cluster.spec()) as client,
+    ):
+        with attribute.given(attribute.Prepared(started, inputs, client)):
+            done = completed(attribute.attribute, config.model_dump(mode="json"))
+        follower.finish(done.run_id)
+        return done
 
 
 @contextmanager

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
+import json
 import re
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
+from infra.masking import masked
 from infra.settings import quiet_prefect
 from tda.results import Run, open_run
 from tda.rows import rows
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Mapping
 
     from flows.attribute import RunSummary
     from tda.problem import Problem
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 quiet_prefect()
 from prefect import get_run_logger  # noqa: E402  (its settings are read at import)
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_progress_artifact, update_progress_artifact  # noqa: E402
-from prefect.runtime import deployment  # noqa: E402
+from prefect.runtime import deployment, flow_run  # noqa: E402
 
 SHOWN_QUERIES, SHOWN_EXAMPLES = 5, 3
 LONGEST_TEXT = 36  # characters of an example in a cell
@@ -29,9 +32,14 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~>:@/])")
 
 
 def key(part: str) -> str:
-    """The key of an artifact: one per deployment and part, so that the UI shows how it changed from night to night."""
-    name = re.sub(r"[^a-z0-9]+", "-", str(deployment.name or "by hand").lower()).strip("-")
-    return f"tda-{name or 'nightly'}-{part}"
+    """The key of an artifact: one per deployment and part, so that the UI shows how it changed from night to night.
+
+    Keys have small letters, digits and dashes only: a name that has others gets a digest, or my_model and my-model would share a history.
+    """
+    name = str(deployment.name or f"by hand {json.dumps(flow_run.parameters, sort_keys=True, default=str)}")
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower() if deployment.name else "by hand").strip("-")
+    mark = "" if slug == name else f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"tda-{slug or 'nightly'}{mark}-{part}"
 
 
 class Follower:
@@ -40,7 +48,8 @@ class Follower:
     def __init__(self) -> None:
         """Make the artifact of the flow run of this context."""
         self._next = 0.0
-        self._id: Any = create_progress_artifact(progress=0.0, key=key("progress"), description="the inputs are examined")
+        self._id: Any = None
+        self._tried(lambda: create_progress_artifact(progress=0.0, key=key("progress"), description="the inputs are examined"))
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show it, unless that was done a moment ago."""
@@ -53,11 +62,14 @@ class Follower:
         self._show(100.0, f"run {run_id} is complete")
 
     def _show(self, percent: float, text: str) -> None:
-        """A server that does not answer costs no run."""
-        if self._id is None:
-            return
+        made = self._id
+        if made is not None:
+            self._tried(lambda: update_progress_artifact(made, percent, description=masked(text)))
+
+    def _tried(self, show: Callable[[], Any]) -> None:
+        """A server that does not answer costs no run. show: gives the artifact's id."""
         try:
-            update_progress_artifact(self._id, percent, description=text)
+            self._id = show()
         except Exception as error:  # noqa: BLE001  (whatever it is, the numbers do not depend on it)
             self._id = None
             get_run_logger().warning("progress is not shown any more: %s", error)
@@ -66,7 +78,7 @@ class Follower:
 def tell(done: RunSummary) -> None:
     """Make the artifacts of a finished run: a page of top influences, and links to its report and its store."""
     run = open_run(done.store, done.run_id)
-    create_markdown_artifact(page(run, done.reused), key=key("top"), description="The most helpful and harmful training examples")
+    create_markdown_artifact(masked(page(run, done.reused)), key=key("top"), description="The most helpful and harmful training examples")
     create_link_artifact(done.report_url, link_text="report", key=key("report"), description=f"Report of run {done.run_id}")
     create_link_artifact(done.store, link_text="store", key=key("store"), description=f"tda.open_run({done.store!r}, {done.run_id!r})")
 

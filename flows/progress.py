@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from infra.masking import masked
+
 #: Who else is told as shards finish, where somebody is: the stage's name, how many of its shards are done, and of how many.
 FOLLOWER: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("follower", default=None)
 
@@ -48,4 +50,4 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line above the bars."""
-        self._console.print(text, highlight=False)
+        self._console.print(masked(text), highlight=False)

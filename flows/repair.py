@@ -1,4 +1,7 @@
-"""Repairing a run: what is damaged or lost is deleted, computed again by the run's own configuration, and compared with what it was."""
+"""Repairing a run: what is damaged or lost is computed again by the run's own configuration, and compared with what it was.
+
+Of an artifact that is made again nothing is deleted before that: see tasks.aside.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from infra import storage
+from infra.cluster import ShardFailed
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
-from tasks import plan, prepare, publish, solves, verify
+from tasks import aside, plan, prepare, publish, solves, verify
 from tasks.subject import read_checkpoint
 from tasks.verify import Checked
 from tda import checkpoint, checksums, location
-from tda.errors import InputError
+from tda.errors import InputError, StoreUnreachable
 from tda.results import Run
 
 quiet_prefect()
@@ -21,11 +25,12 @@ from prefect import flow  # noqa: E402  (its settings are read at import)
 
 from flows import attribute, failures, stages  # noqa: E402
 from flows.config import RunConfig  # noqa: E402
+from flows.guarded import completed, guarded  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 
 
 def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None = None) -> list[str]:
-    """Delete what `tasks.verify.check` found to be damaged in a run, and compute it again.
+    """Compute again what `tasks.verify.check` found to be damaged in a run.
 
     Args:
         run: the run.
@@ -37,7 +42,8 @@ def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None
         The artifacts that were made again and are not what they were: on another machine, or by other libraries.
 
     Raises:
-        InputError: the run cannot be computed again: its manifest is damaged, or the problem, the data or the checkpoint have changed.
+        InputError: the run cannot be computed again: its manifest is damaged, the problem, the data or the checkpoint have changed, or its
+            training does not give the same weights again. All is as it was then.
         RunFailed: a stage failed; `command` goes on.
     """
     broken = [each for each in found if each.faults]
@@ -54,28 +60,70 @@ def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None
         inputs = attribute.examine(request)
         _check_same(run, request, inputs)
         with (
-            attribute.cluster_for(request, config.cluster.spec()) as client,
+            attribute.cluster_for(request.subject, config.cluster.spec()) as client,
             api.used(),
             attribute.given(attribute.Prepared(started, inputs, client)),
             failures.told(request.store, command),
         ):
             # What the manifest says of the run stays as it is; only that the run is complete is taken back until it is true again.
             storage.write_json(f"{run.url}/run.json", {**run.manifest, "complete": False, "repairing": before})
-            for each in broken:
-                verify.take_away(run.store, each)
-            mend(config.model_dump(mode="json"), run.url, lost)
+            again = _taken_away(run, broken)
+            try:
+                completed(mend, config.model_dump(mode="json"), run.url, lost, again)
+            except (InputError, ShardFailed) as error:
+                if not _is_final(error):
+                    raise
+                for folder in again:
+                    aside.put_back(run.store, folder)
+                publish.complete(run.url, {key: value for key, value in run.manifest.items() if key != "repairing"})
+                raise
     now = verify.digests(run.store, [Checked(folder, 0, 0) for folder in before])
-    return [folder for folder, digest in before.items() if now.get(folder) != digest]
+    others = [folder for folder, digest in before.items() if now.get(folder) != digest]
+    for folder, damaged in again.items():
+        if aside.is_same(run.store, folder, damaged):
+            aside.drop(run.store, folder)
+        elif folder not in others:
+            others.append(folder)
+    return others
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another try of a repair would end the same."""
+    reason = error.cause if isinstance(error, ShardFailed) else error
+    return isinstance(reason, InputError) and not isinstance(reason, StoreUnreachable)
+
+
+def _taken_away(run: Run, broken: Sequence[Checked]) -> dict[str, list[str]]:
+    """Take away what is damaged: single objects where those can be made again, else the artifact, which is set aside as a whole.
+
+    The artifacts that were set aside, now or by an earlier try, with the names of what is damaged of each.
+    """
+    artifacts = [f"artifacts/{name}" for name in run.manifest.get("artifacts", [])]
+    again: dict[str, list[str]] = {folder: [] for folder in aside.pending(run.store, artifacts)}
+    for each in broken:
+        if verify.by_object(each.folder):
+            verify.take_away(run.store, each)
+        else:
+            again[each.folder] = [fault.name for fault in each.faults]
+            aside.set_aside(run.store, each.folder)
+    return again
 
 
 @flow(name="repair", validate_parameters=False)
-def mend(config: dict[str, Any], run_url: str, lost: list[str]) -> None:
-    """Compute what of a run is not there, and turn it complete as it was. lost: the names of objects that were taken away."""
+@guarded
+def mend(config: dict[str, Any], run_url: str, lost: list[str], again: dict[str, list[str]]) -> None:
+    """Compute what of a run is not there, and turn it complete as it was.
+
+    lost: the names of the run's objects that were taken away; again: the artifacts that were set aside, with what is damaged of them.
+    """
     parsed = RunConfig.model_validate(config)
     request, progress = attribute.request_of(parsed), Progress()
     manifest = location.read_json(f"{run_url}/run.json")
     with progress.shown(), attribute.prepared(request, parsed.cluster.spec()) as ready, stages.session(ready.client, progress) as session:
         attribute.train(request, ready.inputs)
+        for folder, damaged in again.items():
+            if folder.startswith("artifacts/checkpoint/") and not aside.is_same(request.store, folder, damaged):
+                raise InputError(_other_weights(run_url, request.store, folder, damaged))
         decided = plan.plan(request, ready.inputs)
         if decided.fingerprint != manifest["fingerprints"]["run"]:
             raise InputError(f"what {run_url} was computed from is no longer the same: run its configuration again, and delete this run")
@@ -89,6 +137,17 @@ def mend(config: dict[str, Any], run_url: str, lost: list[str]) -> None:
         if checksums.NAME in lost:
             _restore_sums(decided, run_url, session, manifest)
     publish.complete(run_url, {key: value for key, value in manifest.items() if key != "repairing"})
+
+
+def _other_weights(run_url: str, store: str, folder: str, damaged: Sequence[str]) -> str:
+    said = (
+        f"run {run_url.rpartition('/')[2]} cannot be repaired: {folder} was trained again, and is not what it was (is `fit` seeded, and "
+        "the machine the same?); all was put back as it was"
+    )
+    weights = location.join(store, folder, "weights.safetensors")
+    if "weights.safetensors" in damaged:
+        return f"{said}; delete that folder, and run the configuration anew"
+    return f'{said}; its weights are intact: a configuration with checkpoint = "{weights}" goes on with them'
 
 
 def _restore_sums(decided: plan.Plan, run_url: str, session: stages.Session, manifest: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from infra.cluster import ShardFailed
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import plan, sampling
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 quiet_prefect()
 from prefect import flow  # noqa: E402  (its settings are read at import)
 
-from flows import attribute, stages  # noqa: E402
-from flows.attribute import RunFailed  # noqa: E402
+from flows import attribute, failures, stages  # noqa: E402
+from flows.guarded import completed, guarded  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 
 
@@ -60,19 +59,15 @@ def sample_run(config: RunConfig, command: str = "", *, tune: bool = False) -> l
     started = time.perf_counter()
     config = _chains_alone(config)
     request = attribute.request_of(config)
-    try:
-        with embedded_api() as api:
-            inputs = attribute.examine(request)
-            with attribute.cluster_for(request, config.cluster.spec()) as client:
-                ready = attribute.Prepared(started, inputs, client)
-                with api.used(), attribute.given(ready):
-                    return sample(config.model_dump(mode="json"), tune=tune)
-    except ShardFailed as error:
-        kept = f"what is finished is kept in {request.store}"
-        if isinstance(error.cause, InputError):
-            raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
-        resume = f"`{command}`" if command else "the same command"
-        raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
+    with embedded_api() as api:
+        inputs = attribute.examine(request)
+        with (
+            attribute.cluster_for(request.subject, config.cluster.spec()) as client,
+            api.used(),
+            attribute.given(attribute.Prepared(started, inputs, client)),
+            failures.told(request.store, command, "the same command"),
+        ):
+            return completed(sample, config.model_dump(mode="json"), tune=tune)
 
 
 def _chains_alone(config: RunConfig) -> RunConfig:
@@ -87,6 +82,7 @@ def _chains_alone(config: RunConfig) -> RunConfig:
 
 
 @flow(name="sample", validate_parameters=False)
+@guarded
 def sample(config: dict[str, Any], *, tune: bool = False) -> list[Sampled]:
     """Train where needed, then the chains of every member and method. config: a RunConfig as JSON."""
     from flows.config import RunConfig

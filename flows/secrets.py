@@ -1,23 +1,27 @@
-"""Secrets do not belong into a configuration, which every run stores; and what an error quotes of others is shown without them."""
+"""Secrets do not belong into a configuration, which every run stores."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+from infra.masking import masked
+
+__all__ = ["masked", "refuse"]
+
 _NAME = re.compile(
     r"(^|_)(password|passwd|passphrase|secret|secret_?key|api_?key|access_?key(_?id)?|private_?key|credentials?)$|^token$", re.IGNORECASE
 )
 #: Not every token: language models have a pad_token and others.
 _TOKEN = re.compile(r"(^|_)(auth|access|api|hf|bearer|refresh|session)_?token$", re.IGNORECASE)
-_IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s:@'\"]*:[^/\s'\"]+@", re.IGNORECASE)
+_IN_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@'\"]*:[^/\s'\"]+@|https?://[^/\s?#'\"]+@", re.IGNORECASE)
 
 
 def refuse(values: Any, where: str = "") -> None:
     """Look through a configuration's tables.
 
     Raises:
-        ValueError: a key is named like a secret, or a text holds a URL with a password; the message does not repeat it.
+        ValueError: a key is named like a secret, or a text holds a URL with a password or a token; the message does not repeat it.
     """
     if isinstance(values, dict):
         for key, value in values.items():
@@ -29,14 +33,11 @@ def refuse(values: Any, where: str = "") -> None:
         for place, value in enumerate(values):
             refuse(value, f"{where}.{place}")
     elif isinstance(values, str) and _IN_URL.search(values):
-        raise ValueError(f"{where} is a URL with a password, and a run stores its configuration; let the problem read it from os.environ")
+        raise ValueError(
+            f"{where} is a URL with a password or a token, and a run stores its configuration; let the problem read it from os.environ"
+        )
 
 
 def _is_told(value: Any) -> bool:
     """Whether a value is a text, or a list with one."""
     return any(map(_is_told, value)) if isinstance(value, list | tuple) else isinstance(value, str) and bool(value)
-
-
-def masked(text: str) -> str:
-    """A text without the names and passwords in its URLs."""
-    return _IN_URL.sub(r"\g<scheme>***@", text)

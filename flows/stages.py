@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 from distributed import Client
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 
+from flows.guarded import as_task
 from flows.progress import Progress
 from infra import storage
 from infra.cluster import ShardFailed, run_shards
@@ -121,17 +120,14 @@ def _price(url: str, before: float | None) -> None:
     storage.write_json(location.join(url, "seconds.json"), {"compute": None if before is None else here().spent - before})
 
 
-_stage = task(cache_policy=NO_CACHE, persist_result=False)
-
-
-@_stage
+@as_task
 def train(request: prepare.Request, inputs: prepare.Inputs) -> bool:
     """Train the checkpoint, or one per member of an ensemble; True where an earlier run had."""
     start = chain.start(request, inputs)
     return _trained([(request.subject, s, plan.training_artifact(request, inputs, s, start), start) for s in plan.seeds(request)], "train")
 
 
-@_stage
+@as_task
 def train_stage(request: prepare.Request, inputs: prepare.Inputs, name: str) -> bool | None:
     """Train an earlier stage, those before it being trained; True where an earlier run had, None where it names a checkpoint."""
     job = chain.training(request, inputs, name)
@@ -145,7 +141,7 @@ def _trained(jobs: Sequence[tuple[subject.Subject, int, str, subject.Subject | N
     return not missing
 
 
-@_stage
+@as_task
 def fit(job: plan.FitJob, of: str = "") -> bool:
     """Fit one set of factors, spectra or projections; True where an earlier run had. of: the earlier stage that they are of."""
     if layout.is_complete(job.url):
@@ -221,7 +217,7 @@ def retrain(job: retraining.RetrainJob, stage: str, masks: np.ndarray[Any, Any] 
     session.shards(retraining.finish, [job], f"finish {stage}")
 
 
-@_stage
+@as_task
 def make_directions(job: directions.DirectionJob, of: str = "") -> bool:
     """Make the queries' directions under one method; True where an earlier run had. of: the earlier stage that they are of."""
     if layout.is_complete(job.url):
@@ -235,7 +231,7 @@ def make_directions(job: directions.DirectionJob, of: str = "") -> bool:
     return False
 
 
-@_stage
+@as_task
 def choose(job: candidates.CandidateJob) -> bool:
     """Choose which training examples are scored; True where an earlier run had."""
     if layout.is_complete(job.url):
@@ -250,7 +246,7 @@ def choose(job: candidates.CandidateJob) -> bool:
     return False
 
 
-@_stage
+@as_task
 def score(job: scores.ScoreJob, of: str = "") -> list[dict[str, Any]]:
     """Score every train chunk, or all candidates, against every query block; the receipts. of: the earlier stage that they are of."""
     shards, blocks = job.shape
@@ -263,7 +259,7 @@ def score(job: scores.ScoreJob, of: str = "") -> list[dict[str, Any]]:
     )
 
 
-@_stage
+@as_task
 def verify(jobs: Sequence[scores.ScoreJob]) -> None:
     """Read every chunk of the scores back."""
     whole = [(job, shard) for job in jobs if not job.candidates for shard in range(job.shape[0])]
@@ -273,7 +269,7 @@ def verify(jobs: Sequence[scores.ScoreJob]) -> None:
             here().keep(here().shards(function, tasks, "verify"))
 
 
-@_stage
+@as_task
 def average(job: ensemble.MeanJob) -> None:
     """Average the members of an ensemble, and read the means back."""
     shards = [(job, shard) for shard in range(job.first.shape[0])]
@@ -281,7 +277,7 @@ def average(job: ensemble.MeanJob) -> None:
     here().keep(here().shards(ensemble.verify_mean, shards, "verify the average"))
 
 
-@_stage
+@as_task
 def finish(done: plan.Plan, run_url: str, manifest: dict[str, Any], started: float) -> None:
     """Write the report, and turn the run complete. started: when the run began, as time.perf_counter."""
     here = _SESSION.get()

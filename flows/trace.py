@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from flows import attribute
-from flows.attribute import RunFailed
+from flows import attribute, failures
+from flows.guarded import completed, guarded
 from flows.progress import Progress
-from infra.cluster import ShardFailed
 from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import layout, plan, prepare, tracing, tracing_results
@@ -74,22 +73,16 @@ def trace_run(config: RunConfig, command: str = "") -> TracingSummary:
         RunFailed: a stage failed; what was finished is kept.
     """
     started = time.perf_counter()
-    store = attribute.request_of(config).store
-    try:
-        with embedded_api() as api:
-            _examine(config)
-            with (
-                attribute.cluster_for(attribute.request_of(config), config.cluster.spec()) as client,
-                api.used(),
-                _given((started, client)),
-            ):
-                return trace(config.model_dump(mode="json"))
-    except ShardFailed as error:
-        kept = f"what is finished is kept in {store}"
-        if isinstance(error.cause, InputError):
-            raise InputError(f"{error.cause} (stage '{error.stage}', shard {error.shard}; {kept})") from error
-        resume = f"`{command}`" if command else "the same evaluation"
-        raise RunFailed(f"{error}; {kept}; {resume} resumes it") from error
+    request = attribute.request_of(config)
+    with embedded_api() as api:
+        _examine(config)
+        with (
+            attribute.cluster_for(request.subject, config.cluster.spec()) as client,
+            api.used(),
+            _given((started, client)),
+            failures.told(request.store, command, "the same evaluation"),
+        ):
+            return completed(trace, config.model_dump(mode="json"))
 
 
 @contextmanager
@@ -172,6 +165,7 @@ def _alone(config: RunConfig, split: _Split, seed: int, checkpoint: str | None, 
 
 
 @flow(name="trace", validate_parameters=False)
+@guarded
 def trace(config: dict[str, Any]) -> TracingSummary:
     """Train, score, rank, publish. config: a RunConfig as JSON."""
     from flows.config import RunConfig

@@ -16,6 +16,8 @@ from typing import Any
 from infra.settings import Settings, quiet_prefect
 
 STOP_SECONDS = 5
+#: The URLs of servers that this process started.
+_OWN: set[str] = set()
 
 
 class ApiError(RuntimeError):
@@ -36,8 +38,14 @@ class Api:
         Raises:
             ApiError: it ended instead.
         """
+        from infra.prefect_events import use_patient_events
+
+        use_patient_events()
         if self._process is None:
-            yield
+            try:
+                yield
+            finally:
+                _drain_events()
             return
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -45,6 +53,7 @@ class Api:
         line = self._process.stdout.readline()
         if not line.startswith("http"):
             raise ApiError("Prefect's API does not start; `tda doctor` says what to mend, or set PREFECT_API_URL to a server's")
+        _OWN.add(line.strip())
         with temporary_settings({PREFECT_API_URL: line.strip()}):
             try:
                 yield
@@ -92,6 +101,26 @@ def embedded_api() -> Iterator[Api]:
         yield Api(process)
     finally:
         _stop(process)
+
+
+def gone(error: BaseException) -> str:
+    """What to tell where an error means that Prefect's server does not answer any more, or not as it should; empty for any other error."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Failed to reach API") and error.__cause__ is not None:
+        error = error.__cause__  # so a client says it that is just begun
+    if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore") and type(error).__name__ != "PrefectHTTPStatusError":
+        return ""
+    from prefect.settings import PREFECT_API_URL
+
+    lines = str(error).strip().splitlines()
+    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"Prefect's server at {PREFECT_API_URL.value()} does not answer any more ({said})"
+
+
+def way_back() -> str:
+    """What to do about a server that is gone before a command is given again; empty where the command starts one itself."""
+    from prefect.settings import PREFECT_API_URL
+
+    return "" if PREFECT_API_URL.value() in _OWN else "start it again or unset PREFECT_API_URL, and "
 
 
 def lasting_server(what: str) -> str:

@@ -26,7 +26,7 @@ class Settings(BaseSettings):
 
 
 def quiet_prefect() -> None:
-    """Keep Prefect from phoning home and from talking over the progress bars; call it before Prefect is imported.
+    """Keep Prefect from phoning home, from talking over the progress bars and from waiting long; call it before Prefect is imported.
 
     Whoever set one of these variables already keeps their value.
     """
@@ -35,5 +35,9 @@ def quiet_prefect() -> None:
         "DO_NOT_TRACK": "1",
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+        # A server that is gone, or hangs, is waited for as long as one takes to start again: twice 14 s, or 20 s for each of 8 requests.
+        "PREFECT_CLIENT_MAX_RETRIES": "3",
+        "PREFECT_API_REQUEST_TIMEOUT": "20",
     }.items():
         os.environ.setdefault(name, value)

@@ -21,11 +21,18 @@ from infra.settings import Settings
 
 T = TypeVar("T")
 
+# What is worth another try is the same here and in tda.patience, which neither may import from the other: whoever opens a run in a
+# notebook needs no infra, and what writes no tda. tests/test_retry_rule.py holds the two equal.
 TRANSIENT_ERRNOS = {
     errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EINTR, errno.EIO,
     errno.ENETUNREACH, errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", errno.EIO),
 }  # fmt: skip
-#: S3's codes for a body that was damaged on its way (as in tda.patience); s3fs gives them the errno of refusals.
+#: By name: they are not worth importing for a file: store.
+TRANSIENT_KINDS = {
+    "HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError", "ClientPayloadError",
+    "ClientConnectionError", "IncompleteRead",
+}  # fmt: skip
+#: S3's codes for a body that was damaged on its way; s3fs gives them the errno of refusals.
 DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
 SINGLE_PUT_LIMIT = 5 * 2**30  # bytes; S3 takes no larger object in one PUT
 SWEEPS = 3  # how often a writer begins again because another process swept its temporary file away
@@ -170,8 +177,7 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(response, dict) and response.get("Error", {}).get("Code") in DAMAGED:
         return True
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    # botocore's own, by name: it is not worth importing for a file: store. Both cover timeouts and closed or refused connections.
-    return type(error).__module__.startswith("botocore") and bool(kinds & {"HTTPClientError", "ConnectionError"})
+    return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp", "urllib3") and bool(kinds & TRANSIENT_KINDS)
 
 
 @contextmanager

@@ -42,14 +42,24 @@ def write_run(run_url: str, known: Sums, artifacts: list[str]) -> dict[str, Any]
 
 
 def _sums(url: str, known: Sums) -> Sums:
-    names = {name: size for name, size in location.find(url).items() if _lasts(name)}
+    names = {name: size for name, size in location.find(url).items() if is_result(name)}
     fresh = {name: checksums.of(location.read_bytes(location.join(url, name))) for name in checksums.missing(names, known)}
     return {name: fresh.get(name) or known[name] for name in sorted(names)}
 
 
-def _lasts(name: str) -> bool:
+def is_result(name: str) -> bool:
+    """Whether an object, by its name in a run or an artifact, is somebody's result, and so has a sum."""
+    return not _passes(name) and not name.rpartition("/")[2].startswith(".")
+
+
+def _passes(name: str) -> bool:
     *folders, last = name.split("/")
-    return last not in PASSING and not last.startswith(("state-", ".")) and not PASSING_FOLDERS & set(folders)
+    return last in PASSING or last.startswith("state-") or bool(PASSING_FOLDERS & set(folders))
+
+
+def strangers(url: str, sums: Sums) -> list[str]:
+    """The objects in the folder of a run or an artifact that neither its sums name nor any try of it writes: somebody else's."""
+    return sorted(name for name in location.find(url) if name not in sums and not _passes(name))
 
 
 def used(plan: Plan) -> list[str]:

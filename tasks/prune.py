@@ -14,8 +14,9 @@ from typing import Any
 from infra import storage
 from infra.listing import listed
 from tasks import layout
-from tasks.uses import kept_kinds, names_of_run, names_of_studies
-from tda import location, schema
+from tasks.checksums import strangers
+from tasks.uses import OF_EVALUATIONS, kept_kinds, names_of_run, names_of_studies
+from tda import checksums, location, schema
 from tda.errors import InputError
 
 _NEVER = datetime.fromtimestamp(0, UTC)
@@ -99,11 +100,13 @@ def plan(store: str, rules: Rules) -> Pruning:
     for run, found in manifests.items():
         _check(layout.run(store, run), found)
     outdated = _outdated(manifests, rules)
-    runs, young = [], 0
+    runs, young, foreign = [], 0, list[str]()
     for run, found in manifests.items():
         doomed = _doomed_run(store, run, found, outdated, rules)
-        if doomed is not None:
+        if doomed is not None and not (said := _foreign(doomed)):
             runs.append(doomed)
+        elif doomed is not None:
+            foreign.append(said)
         elif found and not found.get("complete"):  # under repair, too
             young += 1
     going = {each.name for each in runs}
@@ -111,12 +114,26 @@ def plan(store: str, rules: Rules) -> Pruning:
     used.look(ignored=going)
     staying = [run for run, found in manifests.items() if run not in going and found]
     held = kept_kinds(store, [layout.run(store, run) for run in staying], unfinished=young)
-    unused = [_unused(store, kind, name, used, rules) for kind, name in _artifacts(store, held)]
-    artifacts = tuple(each for each in unused if each is not None)
+    unused = [each for each in (_unused(store, kind, name, used, rules) for kind, name in _artifacts(store, held)) if each is not None]
+    artifacts = tuple(each for each in unused if not _foreign(each))
+    foreign += filter(None, map(_foreign, unused))
     complete = sum(bool(found.get("complete")) for run, found in manifests.items() if found and run not in going)
     notes = [f"{kind} stay: {why}" for kind, why in held.items()]
     notes += [f"{young} unfinished run{'s' * (young > 1)} may still be at work, and stay"] * bool(young)
-    return Pruning(store, rules, tuple(runs), artifacts, complete, tuple(notes))
+    return Pruning(store, rules, tuple(runs), artifacts, complete, (*notes, *foreign))
+
+
+def _foreign(doomed: Doomed) -> str:
+    """Why something stays that would go: objects in it that tda did not write; empty where there are none, or no list of what it wrote."""
+    try:
+        sums = checksums.read(location.join(doomed.url, checksums.NAME if "run" in doomed.kind.split() else "complete.json"))
+    except (FileNotFoundError, InputError):
+        return ""
+    names = [] if sums is None else strangers(doomed.url, sums)
+    if not names or doomed.kind in OF_EVALUATIONS:  # those hold runs of their own
+        return ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{doomed.kind} {doomed.name} stays: it holds {names[0]}{more}, which tda did not write; move that away, and prune again"
 
 
 def delete(pruning: Pruning) -> Iterator[Doomed]:
@@ -129,13 +146,13 @@ def delete(pruning: Pruning) -> Iterator[Doomed]:
     """
     store, rules = pruning.store, pruning.rules
     for run in pruning.runs:
-        if _still(store, run, rules):
+        if _still(store, run, rules) and not _foreign(run):
             _delete_run(run.url)
             yield run
     used = _Used(store, names=names_of_studies(store))
     for artifact in pruning.artifacts:
         used.look()
-        if _unused(store, artifact.kind, artifact.name, used, rules) is not None:
+        if _unused(store, artifact.kind, artifact.name, used, rules) is not None and not _foreign(artifact):
             _delete_artifact(artifact.url)
             yield artifact
 

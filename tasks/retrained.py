@@ -1,7 +1,7 @@
 """What retrained models measured, kept in objects that any later question may use: one folder per share of the training set.
 
     artifacts/retrained/<fingerprint>/<subsets>-<repeats>.safetensors    measurement (subset, repeat, query) of a rectangle, by range
-    artifacts/retrained/<fingerprint>/<subsets>-<repeats>.json           the seconds that it took, after it
+    artifacts/retrained/<fingerprint>/<subsets>-<repeats>.json           after it: the seconds that it took, and its checksum
 
 A folder's name says nothing of how many subsets or repeats were asked for, since neither changes a model: asking for more trains what is
 missing, asking for fewer trains nothing. Objects are written once, whole.
@@ -41,6 +41,12 @@ class Block:
     def models(self) -> int:
         """How many."""
         return len(self.subsets) * len(self.repeats)
+
+
+def names(url: str) -> list[str]:
+    """The objects of measurements in a folder, also those of which only the receipt is left, by name."""
+    found = {f"{name.rpartition('.')[0]}.safetensors" for name in location.list_names(url)}
+    return sorted(name for name in found if _NAME.fullmatch(name))
 
 
 def stored(url: str) -> list[Block]:

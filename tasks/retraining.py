@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load
 
 from infra import storage
 from tasks import checksums, layout
 from tasks.retrained import Block, missing, shared, stored
 from tasks.subject import DTYPES
-from tasks.tensors import read_tensors, write_tensors
+from tasks.tensors import packed
+from tda import checksums as sums
 from tda import location, schema
 from tda.data import digest
 from tda.errors import InputError, cause
@@ -206,9 +208,10 @@ def retrain_piece(piece: Piece) -> dict[str, Any]:
     found = retrained(problem, train, query, ids, seeds.ravel().tolist(), dtype=_dtype(job), stacked=not job.alone)
     measured = found.view(*seeds.shape, -1)
     _check_finite(piece, measured.numpy())
-    write_tensors(piece.url, {"measurement": measured})
+    data = packed({"measurement": measured})
+    storage.write_bytes(piece.url, data)
     told = {"seconds": time.perf_counter() - started, "models": len(ids)}
-    storage.write_json(piece.receipt, told)
+    storage.write_json(piece.receipt, sums.signed({**told, "objects": {piece.url.rpartition("/")[2]: sums.of(data)}}))
     return told
 
 
@@ -248,11 +251,13 @@ def _gathered(job: RetrainJob, alpha: int, queries: int) -> np.ndarray:
     for block, mine in shared(stored(job.folders[alpha]), job.subsets, job.seeds):
         piece = Piece(job, alpha, block)
         try:
-            values = read_tensors(piece.url)["measurement"].numpy()
+            data = location.read_bytes(piece.url)
+            values = load(data)["measurement"].numpy()
             whole = np.full((max(job.subsets, block.subsets.stop), max(job.seeds, block.repeats.stop), queries), np.nan)
             whole[block.where] = values
             found[mine] = whole[: job.subsets, : job.seeds][mine]
             said = "" if np.isfinite(values).all() else "a value is not finite"
+            said = said or ("" if _written_so(piece, data) else "its bytes have changed")
         except (InputError, OSError):  # the store's trouble, not the object's
             raise
         except Exception as error:  # noqa: BLE001  (a damaged object may raise anything)
@@ -268,6 +273,13 @@ def _gathered(job: RetrainJob, alpha: int, queries: int) -> np.ndarray:
         piece = Piece(job, alpha, Block(range(subset, subset + 1), range(1)))
         raise ArithmeticError(f"{piece.trouble('values are missing')}; the next try trains them")
     return found
+
+
+def _written_so(piece: Piece, data: bytes) -> bool:
+    """Whether an object is what its receipt says; True where none says anything."""
+    told = location.read_json_many([piece.receipt])[0] or {}
+    entry = told.get("objects", {}).get(piece.url.rpartition("/")[2])
+    return not sums.is_whole(told) or entry in (None, sums.of(data))
 
 
 def spent(job: RetrainJob) -> float | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra import storage
-from tasks import layout
+from tasks import checksums as written
+from tasks import layout, retrained
 from tda import checksums, location
 from tda.checksums import Fault, Sums
 from tda.errors import InputError
@@ -15,10 +16,10 @@ from tda.results import Run
 
 #: Artifacts without which a run still opens in full: that they are gone is told and no fault, since deleting them to save room is usual.
 SPARE = ("directions", "projections", "averages")
-#: Artifacts that grow with every question that shares them, and so never have a marker; what a run made of them has one.
+#: Artifacts that grow with every question that shares them, and so never have a marker; their objects have receipts.
 GROWING = ("retrained",)
-#: Artifacts of which single objects can be made again; of every other the whole is.
-BY_OBJECT = ("directions",)
+#: Artifacts of which single objects can be made again; of every other the whole is (tasks.aside).
+BY_OBJECT = ("directions", "retrained")
 
 #: Arrays of results.zarr that score tasks write.
 SCORED = {
@@ -28,13 +29,17 @@ SCORED = {
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found of one folder: a run's own, or an artifact's, named as in the store; note: what else there is to say."""
+    """What was found of one folder: a run's own, or an artifact's, named as in the store.
+
+    note: what else there is to say; strangers: objects that are no part of it, which are no fault.
+    """
 
     folder: str
     objects: int
     bytes: int
     faults: tuple[Fault, ...] = ()
     note: str = ""
+    strangers: tuple[str, ...] = ()
 
 
 def check(run: Run) -> list[Checked]:
@@ -61,7 +66,7 @@ def check_run(run: Run) -> Checked:
         return Checked(folder, 0, 0, (*faults, Fault(checksums.NAME, "missing")))
     except InputError:
         return Checked(folder, 0, 0, (*faults, Fault(checksums.NAME, "damaged")))
-    return _checked(folder, sums, [*faults, *checksums.compare(run.url, sums)])
+    return _checked(run.store, folder, sums, [*faults, *checksums.compare(run.url, sums)])
 
 
 def _run_sums(url: str, told: dict[str, Any]) -> Sums:
@@ -76,7 +81,7 @@ def _check_artifact(store: str, name: str) -> Checked:
     kind, _, mark = str(name).partition("/")
     url, folder = layout.artifact(store, kind, mark), f"artifacts/{name}"
     if kind in GROWING:
-        return Checked(folder, 0, 0, note="grows with every use, and is not compared; what this run made of it is")
+        return _check_growing(url, folder)
     marker = location.join(url, "complete.json")
     try:
         sums = checksums.read(marker)
@@ -88,11 +93,33 @@ def _check_artifact(store: str, name: str) -> Checked:
         return Checked(folder, 0, 0, (Fault("complete.json", "damaged"),))
     if sums is None:
         return Checked(folder, 0, 0, note="written before checksums were kept: nothing to compare with")
-    return _checked(folder, sums, checksums.compare(url, sums))
+    return _checked(store, folder, sums, checksums.compare(url, sums))
 
 
-def _checked(folder: str, sums: Sums, faults: Sequence[Fault]) -> Checked:
-    return Checked(folder, len(sums), sum(entry[0] for entry in sums.values()), tuple(faults))
+def _checked(store: str, folder: str, sums: Sums, faults: Sequence[Fault]) -> Checked:
+    strangers = written.strangers(location.join(store, folder), sums)
+    return Checked(folder, len(sums), sum(entry[0] for entry in sums.values()), tuple(faults), strangers=tuple(strangers))
+
+
+def _check_growing(url: str, folder: str) -> Checked:
+    """An artifact that has no marker: each object that has a receipt with its sum."""
+    sums, faults, unchecked = Sums(), [], 0
+    names = retrained.names(url)
+    for name in names:
+        receipt = f"{name.rpartition('.')[0]}.json"
+        try:
+            told = checksums.read(location.join(url, receipt))
+        except FileNotFoundError:
+            told = None
+        except InputError:
+            faults.append(Fault(receipt, "damaged"))
+            continue
+        sums |= told or {}
+        unchecked += told is None
+    note = f"{unchecked} of {len(names)} objects carry no checksum: not checked" if unchecked else ""
+    faults += checksums.compare(url, sums)
+    strangers = set(location.find(url)) - {each for name in names for each in (name, f"{name.rpartition('.')[0]}.json")}
+    return Checked(folder, len(sums), sum(entry[0] for entry in sums.values()), tuple(faults), note, tuple(sorted(strangers)))
 
 
 def digests(store: str, some: Sequence[Checked]) -> dict[str, str]:
@@ -109,8 +136,14 @@ def digests(store: str, some: Sequence[Checked]) -> dict[str, str]:
     return found
 
 
+def by_object(folder: str) -> bool:
+    """Whether single objects of a folder can be made again, rather than all that is in it."""
+    return folder.startswith("runs/") or folder.split("/")[1] in BY_OBJECT
+
+
 def take_away(store: str, found: Checked) -> None:
-    """Delete what is damaged in a folder, with what says that it is done, and nothing else that can stay."""
+    """Delete what is damaged in a folder whose objects can be made one by one, with what says that they are done, and nothing else."""
+    assert by_object(found.folder), found.folder
     url = location.join(store, found.folder)
     if found.folder.startswith("runs/"):
         for fault in found.faults:
@@ -118,12 +151,11 @@ def take_away(store: str, found: Checked) -> None:
                 storage.delete(location.join(url, name))
         return
     storage.delete(location.join(url, "complete.json"))  # first: what is half deleted must not look complete
-    if found.folder.split("/")[1] not in BY_OBJECT:
-        storage.delete_tree(url)
-        return
     for fault in found.faults:
         stem = fault.name.rpartition(".")[0]
-        for name in (fault.name, f"{stem}.safetensors", f"{stem}.json"):
+        # A block of directions is done once its tensors are there; one of measurements is done without its receipt.
+        tensors = [] if found.folder.split("/")[1] in GROWING else [f"{stem}.safetensors"]
+        for name in (fault.name, *tensors, f"{stem}.json"):
             storage.delete(location.join(url, name))
 
 

@@ -1,9 +1,9 @@
 """Trying a store again: which failures pass by themselves, how often something is tried, and how long is waited between.
 
-For reads, and for Zarr chunks, wherever they lie; infra.storage does the same for single objects that are written. Both read the
-environment: TDA_STORAGE_ATTEMPTS (8) attempts in all, TDA_STORAGE_WAIT (0.2) seconds before the second, then twice as long each time,
-with jitter, 10 s at most; TDA_STORAGE_TIMEOUT (60) seconds without a byte, or TDA_CONNECT_TIMEOUT (10) without a connection, count as a
-failure.
+For reads, and for Zarr chunks, wherever they lie; infra.storage does the same, by the same rule, for single objects that are written.
+Both read the environment: TDA_STORAGE_ATTEMPTS (8) attempts in all, TDA_STORAGE_WAIT (0.2) seconds before the second, then twice as long
+each time, with jitter, 10 s at most; TDA_STORAGE_TIMEOUT (60) seconds without a byte, or TDA_CONNECT_TIMEOUT (10) without a connection,
+count as a failure.
 """
 
 from __future__ import annotations

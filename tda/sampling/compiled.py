@@ -24,7 +24,7 @@ from tda.errors import InputError, cause
 from tda.likelihoods import TokenCategorical
 from tda.problem import Batch
 from tda.sampling.ensembles import Gradient, OneByOne
-from tda.sampling.kernels import SHORT, Kernels
+from tda.sampling.kernels import SHORT, Attention, Kernels
 from tda.sampling.options import Sampling
 from tda.stacked import Predict
 
@@ -201,25 +201,14 @@ class _Recorded(Kernels):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Embeddings and attention replaced."""
-        if func is F.scaled_dot_product_attention:
-            return self._recorded(*args, **(kwargs or {}))
+        """Embeddings replaced."""
         if func is F.embedding and (found := _embedding(*args, **(kwargs or {}))) is not None:
             return found
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _recorded(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def _attention(self, asked: Attention) -> Tensor:
         """Attention in plain products, which is what the compiler can fuse; it is not for long sequences."""
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = asked
         self.long |= query.shape[-2] * key.shape[-2] > SHORT or dropout_p > 0
         if enable_gqa:
             key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))

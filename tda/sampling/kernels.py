@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,40 +56,46 @@ class Kernels(TorchFunctionMode):
         if func is torch.addmm and not kwargs and _batched(args[2]) and args[0].ndim == 1:
             return _apply(_Linear, args[1], args[2].transpose(0, 1), args[0])
         if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **(kwargs or {}))
+            return self._attention(Attention(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **others: Any,
-    ) -> Tensor:
+    def _attention(self, asked: Attention) -> Tensor:
         def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            if _plain(query, key, mask, dropout_p, is_causal=is_causal, others=others):
-                return _causal(query, key, value, others.get("scale"))
-            if query.device.type != "cpu":
+            one = asked._replace(query=query, key=key, value=value, attn_mask=mask)
+            if _plain(one):
+                return _causal(one.query, one.key, one.value, one.scale)
+            if one.query.device.type != "cpu":
                 how: Any = nullcontext()
-            elif query.shape[-2] * key.shape[-2] <= SHORT:
+            elif one.query.shape[-2] * one.key.shape[-2] <= SHORT:
                 how = sdpa_kernel(SDPBackend.MATH)
             else:
                 self.long, how = True, plain_float32()
             with how:
-                return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **others)
+                return F.scaled_dot_product_attention(*one[:6], scale=one.scale, enable_gqa=one.enable_gqa)
 
-        if any(_batched(tensor) for tensor in (query, key, value)):
-            return _apply(_Attention, attend, query, key, value, attn_mask)
-        return attend(query, key, value, attn_mask)
+        if any(_batched(tensor) for tensor in asked[:3]):
+            return _apply(_Attention, attend, *asked[:4])
+        return attend(*asked[:4])
 
 
-def _plain(query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float, *, is_causal: bool, others: dict[str, Any]) -> bool:
+class Attention(NamedTuple):
+    """What F.scaled_dot_product_attention is called with."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+def _plain(asked: Attention) -> bool:
     """Whether it is short causal attention on a CPU and nothing else."""
-    short = query.ndim == 4 and query.shape == key.shape and query.shape[2] ** 2 <= SHORT and query.device.type == "cpu"
-    return short and is_causal and mask is None and not dropout_p and not others.get("enable_gqa")
+    query = asked.query
+    short = query.ndim == 4 and query.shape == asked.key.shape and query.shape[2] ** 2 <= SHORT and query.device.type == "cpu"
+    return short and asked.is_causal and asked.attn_mask is None and not asked.dropout_p and not asked.enable_gqa
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

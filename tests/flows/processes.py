@@ -32,6 +32,11 @@ def _main(parent: int, log: str, environment: dict[str, str], arguments: tuple[s
         os.dup2(descriptor, standard)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     program, rest = arguments[0], list(arguments[1:])
+    if "PREFECT_API_URL" in environment:  # Prefect read its settings when it was imported, before the fork
+        from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+        held = temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"], PREFECT_CLIENT_MAX_RETRIES: 0})
+        held.__enter__()  # to the end of the process
     if program == "tda":
         from flows.cli import status
 

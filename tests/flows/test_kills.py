@@ -1,7 +1,8 @@
 """Whatever is killed, and whenever: the same command finishes the run with the same bytes, and no shard that was finished is done again.
 
 A campaign is a sequence of runs of one configuration into fresh stores. In each, processes are killed (SIGKILL) at moments drawn by a
-seed, and the same command is given again until the run comes through. Killed are workers, the scheduler, and the process of the flow.
+seed, and the same command is given again until the run comes through. Killed are workers, the scheduler, the process of the flow, and,
+where there is time for it, a Prefect server.
 """
 
 import random
@@ -18,11 +19,13 @@ import pytest
 
 import tda
 from tests.conftest import free_ports
+from tests.flows.prefect_server import PrefectServer
 from tests.flows.processes import started
 from tests.flows.runs import CONFIG, PROBLEM, digests, wait_until, write_config, written
 
 WORKERS = 2
 TARGETS = ("worker", "scheduler", "flow")
+ALL = (*TARGETS, "server")
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Cluster:
     port: int
     scheduler: BaseProcess | None = None
     workers: list[BaseProcess] = field(default_factory=list)
+    server: PrefectServer | None = None
+    """Prefect's, where it is killed too."""
 
     @property
     def address(self) -> str:
@@ -43,6 +48,8 @@ class Cluster:
 
     def mend(self) -> None:
         """Start what is not there."""
+        if self.server is not None:
+            self.server.start()
         if self.scheduler is None or not self.scheduler.is_alive():
             for worker in self.workers:  # without their scheduler they end by themselves, sooner or later
                 gone(worker)
@@ -61,14 +68,16 @@ def gone(process: BaseProcess) -> None:
 
 
 @contextmanager
-def cluster_of(folder: Path) -> Iterator[Cluster]:
-    found = Cluster(folder, free_ports(1)[0])
+def cluster_of(folder: Path, targets: tuple[str, ...] = TARGETS) -> Iterator[Cluster]:
+    found = Cluster(folder, free_ports(1)[0], server=PrefectServer(folder / "prefect") if "server" in targets else None)
     found.mend()
     try:
         yield found
     finally:
         for process in [*found.workers, *([found.scheduler] if found.scheduler else [])]:
             gone(process)
+        if found.server is not None:
+            found.server.kill()
 
 
 @dataclass
@@ -104,7 +113,8 @@ def begun(traps: Path) -> int:
 def run(config: Path, store: Path, cluster: Cluster) -> BaseProcess:
     override = f'cluster={{kind="address", address="{cluster.address}"}}'
     (cluster.folder / "run.log").unlink(missing_ok=True)
-    return started(cluster.folder / "run.log", {}, "tda", "run", str(config), "--store", str(store), "--set", override)
+    environment = {} if cluster.server is None else {"PREFECT_API_URL": cluster.server.url}
+    return started(cluster.folder / "run.log", environment, "tda", "run", str(config), "--store", str(store), "--set", override)
 
 
 def finished(process: BaseProcess, cluster: Cluster) -> tuple[int | None, str]:
@@ -125,15 +135,22 @@ def killed(config: Path, store: Path, cluster: Cluster, rng: random.Random, told
         assert status == 0, err
         return "", True
     if not told.waiting:  # each as often as the others, in a random order
-        told.waiting = rng.sample(TARGETS, len(TARGETS))
+        targets = TARGETS if cluster.server is None else ALL
+        told.waiting = rng.sample(targets, len(targets))
     target = told.waiting.pop()
     assert cluster.scheduler is not None
-    victim = {"worker": rng.choice(cluster.workers), "scheduler": cluster.scheduler, "flow": process}[target]
-    gone(victim)
+    if target == "server":
+        assert cluster.server is not None
+        cluster.server.kill()
+    else:
+        gone({"worker": rng.choice(cluster.workers), "scheduler": cluster.scheduler, "flow": process}[target])
     told.kills[target] += 1
     cluster.mend()
     status, err = finished(process, cluster)
     assert target != "worker" or status == 0, f"a lost worker does not end a run: {err}"
+    if target == "server":  # missed at the end only, if the flow has begun
+        assert status in {0, 1}, err
+        assert "Prefect's server at" in err, err
     if target == "scheduler":
         lines = [line for line in err.splitlines() if line.startswith("tda: ")]
         assert status == 0 or (status == 1 and len(lines) == 1 and "resumes it" in lines[0]), err
@@ -150,7 +167,7 @@ def campaign(config: Path, traps: Path, undisturbed: dict[str, str], cluster: Cl
         told.runs += 1
         for _ in range(min(rng.randrange(1, 6), kills - sum(told.kills.values()))):
             target, complete = killed(config, store, cluster, rng, told, whole)
-            in_flight += {"": 0, "worker": 1, "scheduler": WORKERS, "flow": WORKERS}[target]
+            in_flight += {"": 0, "worker": 1, "scheduler": WORKERS, "flow": WORKERS, "server": 0}[target]
             if complete:
                 break
         else:
@@ -169,9 +186,11 @@ def campaign(config: Path, traps: Path, undisturbed: dict[str, str], cluster: Cl
     return told
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(51, 1, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize(
+    ("kills", "seed", "targets"), [(3, 0, TARGETS), pytest.param(52, 1, ALL, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+)
 def test_killed_at_random_moments_runs_end_with_the_same_bytes_and_repeat_no_more_than_was_in_flight(
-    tmp_path: Path, prefect_api: None, kills: int, seed: int
+    tmp_path: Path, prefect_api: None, kills: int, seed: int, targets: tuple[str, ...]
 ) -> None:
     traps = tmp_path / "traps"
     traps.mkdir()
@@ -179,7 +198,7 @@ def test_killed_at_random_moments_runs_end_with_the_same_bytes_and_repeat_no_mor
     # Workers are no children of multiprocessing here.
     problem = PROBLEM.replace("multiprocessing.parent_process() is not None", 'os.environ.get("TDA_TEST_WORKER")')
     config = write_config(tmp_path / "config", text, problem)
-    with cluster_of(tmp_path) as cluster:
+    with cluster_of(tmp_path, targets) as cluster:
         status, err = finished(run(config, tmp_path / "undisturbed", cluster), cluster)
         assert status == 0, err
         undisturbed = digests(tda.open_run(tmp_path / "undisturbed"))
