@@ -103,6 +103,7 @@ def request_of(config: RunConfig) -> prepare.Request:
         config.dtype,
         autocast=config.autocast or "",
         recompute=config.checkpoint_activations,
+        device=config.device,
     )
     methods = tuple(json.dumps(swept.table, sort_keys=True) for swept in expand(ranked(config.methods, config.query_rank)))
     chosen = config.candidates.model_dump_json(exclude_none=True) if config.candidates else ""

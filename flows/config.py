@@ -92,6 +92,8 @@ class RunConfig(_Table):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Literal["auto", "float32", "float64"] = "auto"
     """What is computed in; auto: the dtype of problem.model()."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models and batches lie; auto: on each worker's GPU, where it has one."""
     autocast: Literal["bfloat16"] | None = None
     """What layers are computed in, forwards and backwards, where it is not the dtype; sums are in the dtype."""
     products: Literal["full", "bfloat16"] = "full"

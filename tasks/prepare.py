@@ -186,7 +186,7 @@ def _target_check(opened: Opened, split: str) -> Callable[[Tensor], None]:
     """likelihood.check for targets of a split without a forward pass each: against outputs of the shape that the first example has."""
     attributed = opened.attributed
     with torch.no_grad():
-        outputs = attributed.problem.predict(attributed.model, attributed.load(opened.data(split), [0]))
+        outputs = attributed.problem.predict(attributed.model, attributed.load(opened.data(split), [0])).cpu()
 
     def check(targets: Tensor) -> None:
         # With a class axis last, as many positions as the targets have: sequences may be of other lengths than the first.

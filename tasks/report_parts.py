@@ -11,6 +11,7 @@ from tasks.plan import Plan
 from tasks.report_tokens import Parting, Parts
 from tasks.scores import Scored
 from tasks.subject import open_subject
+from tda.device import placed
 from tda.errors import InputError
 from tda.likelihoods import TokenCategorical
 from tda.methods.work import Work
@@ -36,11 +37,12 @@ def parting(plan: Plan) -> Parting | None:
             return None
         try:
             if method.name in FACTORED and size * len(opened.query[query][1]) <= QUERY_SIDE:
-                both = joint_scores(_work(scored), method, query, train, examples=examples)
+                both = joint_scores(_work(scored), method, query, train, examples=examples).cpu()
                 return Parts(both.sum(2).float().numpy(), both.sum(1).float().numpy())
-            directions = read_directions(scored.directions, range(query, query + 1)).passes[0]
+            read = read_directions(scored.directions, range(query, query + 1)).passes[0]
+            directions = placed(read, opened.attributed.device)
             with torch.enable_grad():
-                found = token_scores(opened.attributed, directions, opened.train, train, examples=examples)
+                found = token_scores(opened.attributed, directions, opened.train, train, examples=examples).cpu()
         except InputError:  # a layer that has no part for each token: `run.token_influence` says which
             return None
         return Parts(found[0].float().numpy(), None)

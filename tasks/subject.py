@@ -12,6 +12,7 @@ import torch
 from tda import checkpoint
 from tda.attributed import Attributed
 from tda.data import Batching, Budget, length, lengths_of
+from tda.device import device_here, ready
 from tda.errors import InputError
 from tda.modules import inspect
 from tda.problem import Problem, Split, load_problem, problem_digest
@@ -27,7 +28,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Subject:
     """A problem (`options` is JSON), its checkpoint's URL ("" for the weights that its model starts with), and which modules.
 
-    autocast: what layers are computed in, "" for the dtype. recompute: whether activations are checkpointed. weights, source and inputs are
+    autocast: what layers are computed in, "" for the dtype. recompute: whether activations are checkpointed. device: as a
+    run names it ("auto", "cuda"), which in this process may mean another than elsewhere. weights, source and inputs are
     digests of the checkpoint, of the problem and of both with the data, as they were when the run was planned, "" before. They keep what a
     long-lived process has opened apart from what lies at the same place later.
     """
@@ -43,6 +45,7 @@ class Subject:
     inputs: str = ""
     autocast: str = ""
     recompute: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def open_subject(subject: Subject) -> Opened:
             family.problem.restore(model, state, subject.checkpoint)
         if subject.dtype != "auto":
             model = model.to(DTYPES[subject.dtype])
+        model = model.to(ready(device_here(subject.device)))
         attributed = inspect(family.problem, model, family.train, modules=subject.modules, exclude=subject.exclude)
         if subject.autocast or subject.recompute:
             attributed = replace(attributed, autocast=SHORTER.get(subject.autocast), recompute=subject.recompute)

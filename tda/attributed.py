@@ -12,6 +12,7 @@ from torch import nn
 from tda.blocks import Block
 from tda.capture import Tape
 from tda.data import load_batch
+from tda.device import device_of
 from tda.operations import Layout
 from tda.problem import Batch, Problem
 
@@ -52,9 +53,14 @@ class Attributed:
         """Share of the model's parameters that is attributed."""
         return sum(block.size for block in self.blocks) / max(self.total, 1)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies, and with it all that is computed from it."""
+        return device_of(self.model)
+
     def load(self, dataset: Any, ids: Sequence[int]) -> Batch:
         """Examples `ids` as a batch in this model's dtype and on its device."""
-        return load_batch(self.problem, dataset, ids, dtype=self.dtype, device=next(self.model.parameters()).device)
+        return load_batch(self.problem, dataset, ids, dtype=self.dtype, device=self.device)
 
     def tape(self, batch: Batch) -> Tape:
         """A recorded forward pass of a batch.

@@ -135,8 +135,8 @@ def _score_batch(
     queries = len(scorers[0].norms) if scorers else 0
     influence = loss.new_zeros(len(scorers), queries, len(ids))
     own = loss.new_zeros(len(scorers), len(ids))
-    norms = torch.zeros(len(ids), dtype=torch.float64)
-    mass = torch.zeros(len(scorers), len(attributed.blocks), dtype=torch.float64)
+    norms = loss.new_zeros(len(ids), dtype=torch.float64)
+    mass = loss.new_zeros(len(scorers), len(attributed.blocks), dtype=torch.float64)
     whole = selves and any(isinstance(s.own, WholeSpectra) for s in scorers)
     kept = [loss.new_zeros(len(ids), block.size) for block in attributed.blocks] if whole else None
     projected: dict[Projection, dict[int, Tensor]] = {s.own.projection: {} for s in scorers if selves and isinstance(s.own, Projected)}
@@ -254,7 +254,7 @@ def score_error(
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
             tape = attributed.tape(batch)
-            off, right = torch.zeros(()), torch.zeros(())
+            off, right = (torch.zeros((), device=attributed.device) for _ in range(2))
             pairs = tape.pairs(tape.seed(attributed.problem.likelihood.loss))
             for block, found, a, b in zip(attributed.blocks, pairs, short, exact, strict=True):
                 if found:

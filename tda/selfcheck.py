@@ -53,7 +53,7 @@ def gradient_errors(attributed: Attributed, batch: Batch) -> Iterator[tuple[Bloc
     generator = torch.Generator().manual_seed(0)
     seed = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
     truths = [_truth(attributed, example(batch, i, size), seed[i : i + 1]) for i in range(size)]
-    scale = max(float(torch.sqrt(sum((g.double().square().sum() for g in t.values()), torch.zeros(())))) for t in truths)
+    scale = max(float(torch.sqrt(sum((g.double().square().sum() for g in t.values()), seed.new_zeros(())))) for t in truths)
     for block, pairs in zip(attributed.blocks, tape.pairs(seed), strict=True):
         truth = torch.stack([to_matrix(block, t) for t in truths])
         captured = example_gradients(block, pairs) if pairs else torch.zeros_like(truth)

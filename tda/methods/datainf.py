@@ -49,7 +49,7 @@ class DataInf(Shortened):
         with fast_float32():
             queries = [dense(gradient) for gradient in gradients]
             dampings = self._dampings(work)
-            sums = [torch.zeros(matrix.shape, dtype=torch.float64) for matrix in queries]
+            sums = [torch.zeros_like(matrix, dtype=torch.float64) for matrix in queries]
             for block, b, pairs in _pairs(work.attributed, work.train, work.batch_size):
                 if dampings[b] > 0:
                     _add(sums[b], queries[b], block, pairs, dampings[b], work.products)
