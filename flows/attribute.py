@@ -19,9 +19,11 @@ from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import candidates, chain, choose, ensemble, layout, plan, prepare, publish, sampling_told, solves, sparse, stage_facts
 from tasks.chain import Earlier
-from tasks.standing import standing
+from tasks.standing import NO_GPU, place, standing
 from tasks.subject import Subject
 from tda import location, schema
+from tda.device import named
+from tda.errors import InputError
 from tda.methods.sweep import expand, ranked
 
 if TYPE_CHECKING:
@@ -74,8 +76,11 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
 
 
 def cluster_for(request: prepare.Request, cluster: ClusterSpec) -> AbstractContextManager[Client]:
-    """A cluster whose workers have the request's problem, and versions like those here."""
-    return open_cluster(cluster, partial(standing, request.subject.problem, request.subject.options))
+    """A cluster whose workers have the request's problem, its device, and versions like those here."""
+    device = request.subject.device
+    if device == "cuda" and cluster.kind == "local" and named(device) == "cpu":
+        raise InputError(NO_GPU.format("on this machine"))
+    return open_cluster(cluster, partial(standing, request.subject.problem, request.subject.options, device, place()))
 
 
 def examine(request: prepare.Request) -> prepare.Inputs:
@@ -104,6 +109,7 @@ def request_of(config: RunConfig) -> prepare.Request:
         autocast=config.autocast or "",
         recompute=config.checkpoint_activations,
         device=config.device,
+        scale=config.autocast_scale,
     )
     methods = tuple(json.dumps(swept.table, sort_keys=True) for swept in expand(ranked(config.methods, config.query_rank)))
     chosen = config.candidates.model_dump_json(exclude_none=True) if config.candidates else ""
@@ -184,8 +190,11 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
             manifest["stages"][earlier.name]["damping"] = publish.used_damping(earlier.member)
         found |= solves.summarize(decided) | sampling_told.summarize(decided)
         found |= {"candidates": candidates.facts(decided.candidates)} if decided.candidates else {}
+        found["devices"] = stages.devices(request.subject.device)
         warned = [candidates.note(found["candidates"])] if decided.candidates else []
         warned += [*solves.warnings(found), *sampling_told.warnings(found["sampling"]), *stage_facts.warnings(decided)]
+        if len(found["devices"]) > 1:
+            warned.append(f"workers computed on different devices ({', '.join(found['devices'])}), whose numbers differ by rounding")
         found["notes"] = [*manifest["notes"], *warned]
         for line in warned:
             progress.say(line)

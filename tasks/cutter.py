@@ -195,7 +195,7 @@ class Cutter:
         return {
             "weights": subject.weights, "problem": self.inputs.problem, "train": self.inputs.train, "parameters": names,
             "dtype": str(opened.attributed.dtype), "products": self.request.products, "batch": self.batch,
-            **({} if self.tokens is None else {"tokens": self.tokens}), **({"autocast": subject.autocast} if subject.autocast else {}),
+            **({} if self.tokens is None else {"tokens": self.tokens}), **({"autocast": subject.layers} if subject.autocast else {}),
         }  # fmt: skip
 
     def _but(self, *names: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tda.products import Products
 from tda.recompute import repeated_layers
 from tda.sampling.refusals import TRIED, check_model
 from tda.sampling.settle import given
+from tda.selfcheck import check_autocast
 
 #: So many examples of each split are evaluated before a run starts; the others' losses are checked when they are scored.
 PROBED = 1024
@@ -100,6 +101,8 @@ def _examined(request: Request) -> Inputs:
         raise InputError('products = "bfloat16" makes no sense with a float64 model; set dtype = "float32", or leave products out')
     if opened.attributed.dtype == torch.float64 and subject.autocast:
         raise InputError(f'autocast = "{subject.autocast}" makes no sense with a float64 model; set dtype = "float32", or leave it out')
+    if subject.autocast:
+        check_autocast(opened.attributed, opened.attributed.load(opened.train, range(min(2, len(opened.train)))))
     if subject.recompute and not repeated_layers(opened.attributed.model):
         raise InputError(
             f"checkpoint_activations = true is about layers in an nn.ModuleList of several, and the model of {subject.problem!r} has none; "

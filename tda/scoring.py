@@ -129,7 +129,7 @@ def _score_batch(
     attributed: Attributed, scorers: Sequence[Scorer], dataset: Any, ids: Sequence[int], examples: int, products: Products, selves: bool
 ) -> ShardScores:
     batch = attributed.load(dataset, ids)
-    tape = attributed.tape(batch)
+    tape = attributed.tape(batch, ids)
     loss = attributed.problem.likelihood.loss(tape.precise, batch.targets).to(attributed.dtype)
     check_finite(loss, ids, "loss of train example")
     queries = len(scorers[0].norms) if scorers else 0
@@ -253,7 +253,7 @@ def score_error(
     with fast_float32():
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
-            tape = attributed.tape(batch)
+            tape = attributed.tape(batch, part)
             off, right = (torch.zeros((), device=attributed.device) for _ in range(2))
             pairs = tape.pairs(tape.seed(attributed.problem.likelihood.loss))
             for block, found, a, b in zip(attributed.blocks, pairs, short, exact, strict=True):

@@ -47,6 +47,20 @@ def check_losses(attributed: Attributed, batch: Batch) -> None:
             )
 
 
+def check_autocast(attributed: Attributed, batch: Batch) -> None:
+    """Raise InputError unless the model can be computed in the dtype of its autocast, forwards and backwards."""
+    kind = str(attributed.autocast).removeprefix("torch.")
+    try:
+        tape = attributed.tape(batch)
+        for _ in tape.pairs(tape.seed(attributed.problem.likelihood.loss)):
+            pass
+    except (RuntimeError, NotImplementedError) as error:
+        other = 'use "bfloat16", or leave it out' if kind == "float16" else "leave it out"
+        raise InputError(
+            f'autocast = "{kind}": the model cannot be computed so on {attributed.device.type}: {cause(error)}; {other}'
+        ) from error
+
+
 def gradient_errors(attributed: Attributed, batch: Batch) -> Iterator[tuple[Block, float, int]]:
     """For each block: the relative error of its captured per-example gradients against autograd's, and its positions per example."""
     size, tape = len(batch.targets), attributed.tape(batch)

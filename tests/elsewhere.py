@@ -74,7 +74,7 @@ class Elsewhere(TorchDispatchMode):
         torch.__future__.set_swap_module_params_on_conversion(True)  # else module.to would part tied parameters of this class
         return super().__enter__()
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *raised: object) -> None:
         super().__exit__(*raised)
         torch.__future__.set_swap_module_params_on_conversion(self._swapped)
 

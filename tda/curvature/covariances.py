@@ -48,7 +48,7 @@ def covariance_sums(
     with fast_float32():
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
-            tape = attributed.tape(batch)
+            tape = attributed.tape(batch, part)
             for output_gradient, first, last in seeds(attributed.problem, tape, batch, part, fisher, seed):
                 for total, pairs in zip(sums, tape.pairs(output_gradient, last=last, layers=layers), strict=True):
                     for pair in pairs:

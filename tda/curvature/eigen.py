@@ -82,7 +82,7 @@ def eigenvalue_sums(  # noqa: PLR0913  (the options of every pass over the data)
     with fast_float32():
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
-            tape = attributed.tape(batch)
+            tape = attributed.tape(batch, part)
             for output_gradient, _, last in seeds(attributed.problem, tape, batch, part, fisher, seed):
                 found = tape.pairs(output_gradient, last=last, layers=layers)
                 for block, factor, total, pairs in zip(blocks, bases, sums, found, strict=True):

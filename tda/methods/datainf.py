@@ -73,7 +73,7 @@ class DataInf(Shortened):
 def _pairs(attributed: Attributed, dataset: Sequence[object], batch_size: int) -> Iterator[tuple[Block, int, list[Pair]]]:
     """The training gradients batch by batch: every block that the batch uses, its number, its pairs."""
     for part in batches(range(len(dataset)), batch_size):
-        tape = attributed.tape(attributed.load(dataset, part))
+        tape = attributed.tape(attributed.load(dataset, part), part)
         every = zip(attributed.blocks, tape.pairs(tape.seed(attributed.problem.likelihood.loss)), strict=True)
         yield from ((block, b, pairs) for b, (block, pairs) in enumerate(every) if pairs)
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tda.device import home, placed
 from tda.modules import inspect
 from tests.devices import DEVICES, TOLERANCES, apart, working_on
 from tests.tda.layers import LAYERS

@@ -1,0 +1,92 @@
+"""A whole run on a device: every stage brings there what it reads, and stores the numbers that the processor would have."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flows import attribute as flow
+from flows import stages
+from flows.config import load_config
+from tasks.subject import forget
+from tda.results import Run, open_run
+from tests.devices import DEVICES, working_on
+from tests.flows.runs import PROBLEM, write_config
+
+#: Trained by a recipe, and so on the device; float64.
+TINY = PROBLEM.partition("    def fit(")[0] + "    def recipe(self):\n        return tda.Recipe(3, 5, 0.1, momentum=0.5)\n"
+METHODS = """
+problem = "tiny.py:Tiny"
+shard_size = 9
+query_block = 3
+dtype = "float64"
+""" + "".join(
+    f"[[methods]]\n{text}\n"
+    for text in (
+        'name = "gradcos"',
+        'name = "kfac"\ndamping = 0.01',
+        'name = "ekfac"\nfisher = "exact"\ndamping = 0.01\nquery_rank = 2',
+        'name = "hessian"\ndamping = 0.1',
+        'name = "block_ggn"\ndamping = 0.1',
+        'name = "cg"\ndamping = 0.1',
+        'name = "sni"\ndamping = 0.1\nmax_steps = 20\nbatch_size = 8',
+        'name = "astra"\ndamping = 0.1\nmax_steps = 20',
+        'name = "source"\nsegments = 2\nper_segment = 1',
+        'name = "astra_source"\nsegments = 2\nper_segment = 1\ntolerance = 0.01',
+        'name = "tracin"\ncheckpoints = 2',
+        'name = "trak"\nprojection_dim = 8',
+        'name = "datainf"\ndamping = 0.1',
+        'name = "representation"',
+        'name = "dtda"\nsubsets = 12',
+        'name = "random"',
+        'name = "bif"\nchains = 2\ndraws = 16\nburn_in = 2\nthinning = 1\nbatch_size = 8\nn_beta = 20\nlocalization = 30\nstep_size = 1e-4',
+    )
+)
+
+
+class Here(stages.Session):
+    """Shards computed in this process, one after another."""
+
+    def shards(self, function, jobs, stage):
+        return [function(job) for job in jobs]
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cluster and no Prefect."""
+    monkeypatch.setattr(stages, "Session", Here)
+    for name, value in list(vars(stages).items()):
+        if hasattr(value, "fn"):
+            monkeypatch.setattr(stages, name, value.fn)
+
+
+def run_on(device: str, config: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The run of a configuration with everything on a device."""
+    parsed, request_of = load_config(config, [], f"file://{store}"), flow.request_of
+
+    def placed(config):
+        request = request_of(config)
+        return replace(request, subject=replace(request.subject, device=device))
+
+    monkeypatch.setattr(flow, "request_of", placed)
+    forget()
+    inputs = flow.examine(placed(parsed))
+    with flow.given(flow.Prepared(0.0, inputs, None)):
+        summary = flow.attribute.fn(parsed.model_dump(mode="json"))
+    return open_run(f"file://{store}", summary.run_id)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_on_a_device_stores_what_the_processor_would(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path / "config", METHODS, TINY)
+    with monkeypatch.context() as patch:
+        wanted = run_on("cpu", config, tmp_path / "processor", patch)
+    with working_on(device) as there, monkeypatch.context() as patch:
+        found = run_on(str(there), config, tmp_path / "device", patch)
+    assert found.methods == wanted.methods
+    for name in ("influence", "self_influence"):
+        for method in wanted.methods:
+            a, b = (getattr(run, name).sel(method=method).to_numpy() for run in (found, wanted))
+            assert np.array_equal(np.isnan(a), np.isnan(b))
+            assert np.nanmax(np.abs(a - b), initial=0) <= 1e-6 * np.nanmax(np.abs(b), initial=0), (name, method)
