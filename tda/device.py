@@ -39,11 +39,13 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def ready(device: torch.device) -> torch.device:
-    """The same device, its float32 products and convolutions being float32 in this process from here on: torch allows some TF32."""
+    """The same device. From here on this process computes float32 on it as float32, where torch allows TF32 and sums in half precision."""
     if device.type == "cuda":
         backends: Any = torch.backends
         for kernels in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
             kernels.fp32_precision = "ieee"
+        backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     return device
 
 

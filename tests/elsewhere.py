@@ -29,6 +29,8 @@ class There(Tensor):
 
     @staticmethod
     def __new__(cls, here: Tensor) -> Self:
+        if here._is_zerotensor():  # forward derivatives have zeros without memory, which only torch itself knows to read
+            here = torch.zeros(here.shape, dtype=here.dtype)
         made = torch.Tensor._make_wrapper_subclass(
             cls, here.shape, strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype, device=PAPER
         )

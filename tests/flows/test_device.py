@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from flows import attribute as flow
 from flows import stages
@@ -52,6 +53,13 @@ class Here(stages.Session):
         return [function(job) for job in jobs]
 
 
+class Client:
+    """The only worker is this process."""
+
+    def run(self, function, *arguments):
+        return {"here": function(*arguments)}
+
+
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """No cluster and no Prefect."""
@@ -72,7 +80,7 @@ def run_on(device: str, config: Path, store: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(flow, "request_of", placed)
     forget()
     inputs = flow.examine(placed(parsed))
-    with flow.given(flow.Prepared(0.0, inputs, None)):
+    with flow.given(flow.Prepared(0.0, inputs, Client())):
         summary = flow.attribute.fn(parsed.model_dump(mode="json"))
     return open_run(f"file://{store}", summary.run_id)
 
@@ -85,6 +93,8 @@ def test_a_run_on_a_device_stores_what_the_processor_would(device: str, tmp_path
     with working_on(device) as there, monkeypatch.context() as patch:
         found = run_on(str(there), config, tmp_path / "device", patch)
     assert found.methods == wanted.methods
+    assert found.manifest["devices"] == {there.type if device == "paper" else torch.cuda.get_device_name(): 1}
+    assert wanted.manifest["devices"] == {"cpu": 1}
     for name in ("influence", "self_influence"):
         for method in wanted.methods:
             a, b = (getattr(run, name).sel(method=method).to_numpy() for run in (found, wanted))

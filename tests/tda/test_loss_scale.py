@@ -98,7 +98,9 @@ def test_a_model_that_cannot_be_computed_in_float16_is_refused_in_one_line():
     model = nn.Sequential(Half(4, 3))
     train = [(torch.randn(4), torch.tensor(0)) for _ in range(3)]
     attributed = replace(inspect(Given(model, Categorical(), train), model, train), autocast=torch.float16)
-    with pytest.raises(InputError, match=r'autocast = "float16": the model cannot be computed so on cpu: .*not implemented.*use "bfloat16"'):
+    with pytest.raises(
+        InputError, match=r'autocast = "float16": the model cannot be computed so on cpu: .*not implemented.*use "bfloat16"'
+    ):
         check_autocast(attributed, attributed.load(train, [0, 1]))
 
 
