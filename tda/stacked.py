@@ -94,7 +94,7 @@ def _fit(
     whole = load_all(problem, dataset, trained[0])
     by_hand = mlp_gradients(problem, skeleton, whole) or cnn_gradients(problem, skeleton, whole)
     gradients = by_hand or _any_gradients(stack)
-    ids_Mn = torch.tensor([list(ids) for ids in subsets], device=whole.targets.device)
+    ids_Mn = torch.tensor([list(ids) for ids in subsets]).to(whole.targets.device)
     momenta = [torch.zeros_like(parameter) for parameter in trained]
     start = [parameter.clone() for parameter in trained] if recipe.proximity else []
     skeleton.train()

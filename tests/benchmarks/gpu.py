@@ -52,12 +52,8 @@ def main() -> int:
             ranks = min(float(spearmanr(a, b).statistic) for a, b in zip(scores, truth, strict=True))
             error = float(np.abs(scores - truth).max() / np.abs(truth).max())
             memory = f", {told['peak_gpu_mb']:.0f} MB" if "peak_gpu_mb" in told else ""
-            print(
-                f"{told['device']}, case {case}, {name}: fit {told['fit_seconds']:.3f} s ({plain['fit_seconds'] / told['fit_seconds']:.1f}x), "
-                f"scores {told['score_seconds']:.3f} s ({plain['score_seconds'] / told['score_seconds']:.1f}x){memory}, "
-                f"error {error:.1e}, Spearman >= {ranks:.5f}",
-                flush=True,
-            )
+            fit, score = (f"{told[k]:.3f} s ({plain[k] / told[k]:.1f}x)" for k in ("fit_seconds", "score_seconds"))
+            print(f"{told['device']}, case {case}, {name}: fit {fit}, scores {score}{memory}, error {error:.1e}, Spearman >= {ranks:.5f}")
     return 0
 
 

@@ -81,7 +81,11 @@ def prepared(
     """The case cut into blocks on a device, and its data."""
     problem = CaseProblem(case, limit, queries)
     train = problem.train_data()
-    return inspect(problem, problem.model().to(ready(device_here(device))), train, modules=TRACKED if case.name == "T" else ("*",)), train, problem.query_data()
+    return (
+        inspect(problem, problem.model().to(ready(device_here(device))), train, modules=TRACKED if case.name == "T" else ("*",)),
+        train,
+        problem.query_data(),
+    )
 
 
 def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, float], Tensor]:

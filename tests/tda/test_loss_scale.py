@@ -56,7 +56,7 @@ def test_small_gradients_survive_and_without_the_scale_they_do_not(monkeypatch):
     assert 0 < float(wanted.abs().max()) < 1e-6
     apart = float((gradients(short, range(6)) - wanted).norm() / wanted.norm())
     assert apart < 0.01
-    monkeypatch.setattr(capture, "powers", lambda seed, scale: seed.new_ones(len(seed)))
+    monkeypatch.setattr(capture, "powers", lambda seed, _scale: seed.new_ones(len(seed)))
     assert float((gradients(short, range(6)) - wanted).norm() / wanted.norm()) > 0.05
 
 
