@@ -1,5 +1,6 @@
 """A whole run on a device: every stage brings there what it reads, and stores the numbers that the processor would have."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import torch
 from flows import attribute as flow
 from flows import stages
 from flows.config import load_config
+from tasks import plan, training
+from tasks.standing import place, standing
 from tasks.subject import forget
+from tda.errors import InputError
 from tda.results import Run, open_run
 from tests.devices import DEVICES, working_on
 from tests.flows.runs import PROBLEM, write_config
@@ -100,3 +104,49 @@ def test_a_run_on_a_device_stores_what_the_processor_would(device: str, tmp_path
             a, b = (getattr(run, name).sel(method=method).to_numpy() for run in (found, wanted))
             assert np.array_equal(np.isnan(a), np.isnan(b))
             assert np.nanmax(np.abs(a - b), initial=0) <= 1e-6 * np.nanmax(np.abs(b), initial=0), (name, method)
+
+
+def test_keys_about_devices_are_checked_at_once(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    for override, said in (
+        ('device="gpu"', 'device must be "auto", "cpu" or "cuda", got "gpu"'),
+        ("autocast_scale=1000", "autocast_scale must be a power of two such as 1024, so that it rounds nothing, got 1000"),
+        ('autocast="float8"', 'autocast must be "bfloat16" or "float16", got "float8"; did you mean "float16"?'),
+    ):
+        with pytest.raises(InputError, match=re.escape(said)):
+            load_config(config, [override])
+    with pytest.raises(InputError, match=r'cluster\.kind = "cuda" starts a worker for each GPU, and device = "cpu" would use none of them'):
+        load_config(config, ["device=cpu", 'cluster={kind="cuda"}'])
+    assert flow.request_of(load_config(config, ["autocast=float16", "autocast_scale=64"])).subject.layers == "float16, scale 64"
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_work_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = load_config(write_config(tmp_path), ["device=cuda"])
+    with pytest.raises(InputError, match=r'device = "cuda", and torch can use no GPU on this machine: `tda doctor` says why'):
+        flow.cluster_for(flow.request_of(config), config.cluster.spec())
+
+
+def test_a_worker_without_the_gpu_that_a_run_asks_for_says_so_and_the_planning_process_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    problem = f"{write_config(tmp_path).parent}/tiny.py:Tiny"
+    assert standing(problem, "{}", "cuda", place()) == standing(problem, "{}", "auto", ("elsewhere", 1))
+    with pytest.raises(InputError, match='device = "cuda", and torch can use no GPU there'):
+        standing(problem, "{}", "cuda", ("elsewhere", 1))
+
+
+def test_the_device_is_no_part_of_a_fingerprint_and_the_scale_of_losses_is(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config", "problem = 'tiny.py:Tiny'\ndtype = 'float32'\n[[methods]]\nname = 'graddot'\n", TINY)
+
+    def fingerprint(*overrides: str) -> str:
+        request = flow.request_of(load_config(config, overrides, f"file://{tmp_path}/store"))
+        inputs = flow.examine(request)
+        training.train((request.subject, 0, plan.training_artifact(request, inputs, 0)))
+        return plan.plan(request, inputs).fingerprint
+
+    assert fingerprint("device=auto") == fingerprint("device=cpu") == fingerprint("device=cuda")
+    several = [(), ("autocast=float16",), ("autocast=float16", "autocast_scale=64"), ("autocast=bfloat16",)]
+    assert len({fingerprint(*each) for each in several}) == 4
+    assert fingerprint("autocast_scale=64") == fingerprint()
