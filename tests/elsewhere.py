@@ -98,6 +98,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if asked is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     found = func(*_mapped(_here, args), **_mapped(_here, kwargs))
+    if there and func.overloadpacket is aten.empty and found.dtype != torch.bool:
+        # torch thinks that PAPER has no numbers to copy a Python list to (torch.tensor(list, device=...)): what reads them has to fail.
+        found.fill_(torch.nan if found.is_floating_point() else torch.iinfo(found.dtype).max)
     known = {id(_here(t)): t for t in tensors}  # what is changed in place stays the tensor that it was
     return _mapped(lambda leaf: known[id(leaf)] if id(leaf) in known else There(leaf) if there else leaf, found)
 
