@@ -4,10 +4,10 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint check unit bench benchfull lds soak clean
+.PHONY: help venv demo test lint check unit bench test-gpu bench-gpu benchfull lds soak clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 10
 
 venv: .venv/.dev ## a virtual environment with all that development needs
 
@@ -61,6 +61,13 @@ bench: .venv/.dev .venv-peers/.done ## against Kronfluence and devinterp in pair
 	$(BIN)/python -m tests.benchmarks.stages
 	$(BIN)/python -m tests.benchmarks.memory
 	$(BIN)/python -m tests.benchmarks.compare
+
+test-gpu: .venv/.dev ## the numerical tests on a GPU; says so and fails where there is none
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU that torch can use on this machine: nothing is tested; tda doctor says why")'
+	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: .venv/.dev ## fits and scores on a GPU beside the processor's; says so and fails where there is none
+	$(BIN)/python -m tests.benchmarks.gpu
 
 benchfull: .venv/.dev .venv-peers/.done ## the same on all sequences, both sides also on oneDNN and in bfloat16 (hours)
 	$(BIN)/python -m tests.benchmarks.compare --all --sequences 2000

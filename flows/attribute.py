@@ -19,9 +19,11 @@ from infra.prefect_api import embedded_api
 from infra.settings import quiet_prefect
 from tasks import candidates, chain, choose, ensemble, layout, plan, prepare, publish, sampling_told, solves, sparse, stage_facts
 from tasks.chain import Earlier
-from tasks.standing import standing
+from tasks.standing import NO_GPU, place, standing
 from tasks.subject import Subject
 from tda import location, schema
+from tda.device import Device, named
+from tda.errors import InputError
 from tda.methods.sweep import expand, ranked
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def attribute_run(config: RunConfig, command: str = "") -> RunSummary:
     with embedded_api() as api:
         inputs = examine(request)
         with (
-            cluster_for(request.subject, config.cluster.spec()) as client,
+            cluster_for(request.subject, config.cluster.spec(), request.subject.device) as client,
             api.used(),
             given(Prepared(started, inputs, client)),
             failures.told(request.store, command),
@@ -83,9 +85,11 @@ class OfProblem(Protocol):
     def options(self) -> str: ...
 
 
-def cluster_for(of: OfProblem, cluster: ClusterSpec) -> AbstractContextManager[Client]:
-    """A cluster whose workers have the problem, and versions like those here."""
-    return open_cluster(cluster, partial(standing, of.problem, of.options))
+def cluster_for(of: OfProblem, cluster: ClusterSpec, device: Device = "cpu") -> AbstractContextManager[Client]:
+    """A cluster whose workers have the problem, the device, and versions like those here."""
+    if device == "cuda" and cluster.kind == "local" and named(device) == "cpu":
+        raise InputError(NO_GPU.format("on this machine"))
+    return open_cluster(cluster, partial(standing, of.problem, of.options, device, place()))
 
 
 def examine(request: prepare.Request) -> prepare.Inputs:
@@ -113,6 +117,8 @@ def request_of(config: RunConfig) -> prepare.Request:
         config.dtype,
         autocast=config.autocast or "",
         recompute=config.checkpoint_activations,
+        device=config.device,
+        scale=config.autocast_scale,
     )
     methods = tuple(json.dumps(swept.table, sort_keys=True) for swept in expand(ranked(config.methods, config.query_rank)))
     chosen = config.candidates.model_dump_json(exclude_none=True) if config.candidates else ""
@@ -155,7 +161,7 @@ def prepared(request: prepare.Request, cluster: ClusterSpec) -> Iterator[Prepare
         return
     started = time.perf_counter()
     inputs = examine(request)
-    with cluster_for(request.subject, cluster) as client:
+    with cluster_for(request.subject, cluster, request.subject.device) as client:
         yield Prepared(started, inputs, client)
 
 
@@ -194,8 +200,11 @@ def attribute(config: dict[str, Any], *, reuse: bool = False) -> RunSummary:
             manifest["stages"][earlier.name]["damping"] = publish.used_damping(earlier.member)
         found |= solves.summarize(decided) | sampling_told.summarize(decided)
         found |= {"candidates": candidates.facts(decided.candidates)} if decided.candidates else {}
+        found["devices"] = stages.devices(request.subject.device)
         warned = [candidates.note(found["candidates"])] if decided.candidates else []
         warned += [*solves.warnings(found), *sampling_told.warnings(found["sampling"]), *stage_facts.warnings(decided)]
+        if len(found["devices"]) > 1:
+            warned.append(f"workers computed on different devices ({', '.join(found['devices'])}), whose numbers differ by rounding")
         found["notes"] = [*manifest["notes"], *warned]
         for line in warned:
             progress.say(line)

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from flows import secrets
 from flows.cluster_config import ClusterConfig
 from flows.config_candidates import CandidatesConfig
-from flows.config_table import STRICT, Count, Text
+from flows.config_table import STRICT, Count, PowerOfTwo, Text
 from flows.config_table import shown as _shown
 from flows.tracing_options import TracingOptions
 from tda.errors import InputError
@@ -92,8 +92,12 @@ class RunConfig(_Table):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Literal["auto", "float32", "float64"] = "auto"
     """What is computed in; auto: the dtype of problem.model()."""
-    autocast: Literal["bfloat16"] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models and batches lie; auto: on each worker's GPU, where it has one."""
+    autocast: Literal["bfloat16", "float16"] | None = None
     """What layers are computed in, forwards and backwards, where it is not the dtype; sums are in the dtype."""
+    autocast_scale: PowerOfTwo = 1024.0
+    """What the largest output gradient of an example is scaled to before a backward pass in float16."""
     products: Literal["full", "bfloat16"] = "full"
     """The inputs of matrix products; bfloat16 accumulates in float32."""
     checkpoint_activations: bool = False
@@ -133,6 +137,13 @@ class RunConfig(_Table):
                     f"problem_options.{key} is {_shown(value)}, which JSON does not have; write it as text in quotes"
                 ) from None
         return options
+
+    @field_validator("cluster")
+    @classmethod
+    def _gpus_are_used(cls, cluster: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
+        if cluster.kind == "cuda" and info.data.get("device") == "cpu":
+            raise ValueError('cluster.kind = "cuda" starts a worker for each GPU, and device = "cpu" would use none of them; remove one')
+        return cluster
 
     @field_validator("problem_options", "methods", "checkpoint")
     @classmethod

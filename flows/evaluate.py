@@ -88,7 +88,7 @@ def evaluate_run(config: RunConfig, command: str = "") -> EvaluationSummary:
         truth = retraining.plan(request.store, _truth(config))
         measuring.examine(_options(config), _families(config), truth)
         with (
-            attribute.cluster_for(request.subject, config.cluster.spec()) as client,
+            attribute.cluster_for(request.subject, config.cluster.spec(), request.subject.device) as client,
             api.used(),
             _given(_Ready(started, request, inputs, truth, client)),
             failures.told(request.store, command, "the same evaluation"),
@@ -124,7 +124,9 @@ def _families(config: RunConfig) -> list[str]:
 def _truth(config: RunConfig) -> RetrainJob:
     """Random subsets of the configuration."""
     told, options = _options(config), json.dumps(config.problem_options, sort_keys=True)
-    return RetrainJob("", config.problem, options, tuple(told["alphas"]), told["subsets"], told["seeds"], told["seed"], config.dtype)
+    return RetrainJob(
+        "", config.problem, options, tuple(told["alphas"]), told["subsets"], told["seeds"], told["seed"], config.dtype, device=config.device
+    )
 
 
 @contextmanager
@@ -176,7 +178,7 @@ def _retrained(config: RunConfig, store: str, masks: np.ndarray[Any, Any], stage
     """Retrain on given subsets; the URL of what they measure."""
     told = _options(config)
     base = _truth(config)
-    job = RetrainJob("", base.problem, base.options, (), 0, told["retrainings"], told["seed"], base.dtype)
+    job = RetrainJob("", base.problem, base.options, (), 0, told["retrainings"], told["seed"], base.dtype, device=config.device)
     planned = retraining.plan(store, retraining.chosen_subsets(job, masks))
     retrain(planned, stage, masks)
     return planned.url

@@ -97,7 +97,7 @@ def _attributed(config: RunConfig, request: prepare.Request, inputs: prepare.Inp
     with (
         failures.told(request.store, again="the next firing"),
         _followed() as follower,
-        attribute.cluster_for(request.subject, config.cluster.spec()) as client,
+        attribute.cluster_for(request.subject, config.cluster.spec(), request.subject.device) as client,
     ):
         with attribute.given(attribute.Prepared(started, inputs, client)):
             done = completed(attribute.attribute, config.model_dump(mode="json"))

@@ -60,7 +60,7 @@ def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None
         inputs = attribute.examine(request)
         _check_same(run, request, inputs)
         with (
-            attribute.cluster_for(request.subject, config.cluster.spec()) as client,
+            attribute.cluster_for(request.subject, config.cluster.spec(), request.subject.device) as client,
             api.used(),
             attribute.given(attribute.Prepared(started, inputs, client)),
             failures.told(request.store, command),

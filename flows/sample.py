@@ -62,7 +62,7 @@ def sample_run(config: RunConfig, command: str = "", *, tune: bool = False) -> l
     with embedded_api() as api:
         inputs = attribute.examine(request)
         with (
-            attribute.cluster_for(request.subject, config.cluster.spec()) as client,
+            attribute.cluster_for(request.subject, config.cluster.spec(), request.subject.device) as client,
             api.used(),
             attribute.given(attribute.Prepared(started, inputs, client)),
             failures.told(request.store, command, "the same command"),

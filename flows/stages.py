@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -40,6 +41,7 @@ from tasks import (
 from tasks.reach import reached
 from tda import location
 from tda.checksums import Sums
+from tda.device import named
 from tda.errors import InputError
 
 
@@ -104,6 +106,12 @@ def session(client: Client, progress: Progress) -> Iterator[Session]:
 def here() -> Session:
     """The session of the flow that runs in this context."""
     return _SESSION.get()
+
+
+def devices(asked: str) -> dict[str, int]:
+    """The workers' devices by their names, each with its number of workers."""
+    client = here().client
+    return dict(Counter(sorted(client.run(named, asked).values())))
 
 
 def _begin(url: str) -> float | None:

@@ -77,7 +77,7 @@ def trace_run(config: RunConfig, command: str = "") -> TracingSummary:
     with embedded_api() as api:
         _examine(config)
         with (
-            attribute.cluster_for(request.subject, config.cluster.spec()) as client,
+            attribute.cluster_for(request.subject, config.cluster.spec(), request.subject.device) as client,
             api.used(),
             _given((started, client)),
             failures.told(request.store, command, "the same evaluation"),

@@ -85,6 +85,8 @@ def asked(request: Request) -> list[Asked]:
                 own.dtype,
                 autocast=own.autocast,
                 recompute=own.recompute,
+                device=own.device,
+                scale=own.scale,
             )
             known = found.setdefault(stage.name, Asked(stage.name, replace(request, subject=subject), {}))
             others = [f"{title!r}" for title, (_, other) in known.by.items() if _meant(other.table) != _meant(table)]

@@ -195,7 +195,7 @@ class Cutter:
         return {
             "weights": subject.weights, "problem": self.inputs.problem, "train": self.inputs.train, "parameters": names,
             "dtype": str(opened.attributed.dtype), "products": self.request.products, "batch": self.batch,
-            **({} if self.tokens is None else {"tokens": self.tokens}), **({"autocast": subject.autocast} if subject.autocast else {}),
+            **({} if self.tokens is None else {"tokens": self.tokens}), **({"autocast": subject.layers} if subject.autocast else {}),
         }  # fmt: skip
 
     def _but(self, *names: str) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class Cutter:
             return DenseJob(layout.artifact(store, "spectra", key), subject, fit.of, examples, self.batch)  # type: ignore[arg-type]
         if fit.kind == "retraining":
             asked, seen = self.request.subject, self.subject.inputs
-            return _retraining(store, asked.problem, asked.options, fit.of, self.request.seed, asked.dtype, seen)
+            return _retraining(store, asked.problem, asked.options, fit.of, self.request.seed, asked.dtype, seen, asked.device)
         if fit.kind == "chains":
             options = json.dumps(json.loads(fit.of) | {"seed": self.seed}, sort_keys=True)
             # Chains multiply in their own way and dtype, and a linearisation's batch is rounding: none of these makes other chains.
@@ -255,13 +255,22 @@ class Cutter:
 
 
 @lru_cache(maxsize=8)
-def _retraining(store: str, problem: str, options: str, of: str, seed: int, dtype: str, seen: str) -> RetrainJob:  # noqa: ARG001
+def _retraining(
+    store: str,
+    problem: str,
+    options: str,
+    of: str,
+    seed: int,
+    dtype: str,
+    seen: str,  # noqa: ARG001
+    device: str,
+) -> RetrainJob:
     """The same for all members of an ensemble; `seen`, of the data, keeps other data apart.
 
     Its seeds are below 0, and so no evaluation's: what scores are judged by is not what they are learnt from.
     """
     alpha, subsets, seeds = of.split()
-    job = RetrainJob("", problem, options, (float(alpha),), int(subsets), int(seeds), -1 - seed, dtype)
+    job = RetrainJob("", problem, options, (float(alpha),), int(subsets), int(seeds), -1 - seed, dtype, device=device)
     planned = retraining.plan(store, job)
     # Which examples the subsets have is known before anything is trained.
     examples = length(load_problem(problem, json.loads(options)).train_data(), "train")

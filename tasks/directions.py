@@ -31,6 +31,7 @@ from tda.blocks import Block
 from tda.carried import carry
 from tda.checksums import of
 from tda.data import Batching
+from tda.device import placed
 from tda.directions import Dense, Direction, Factored, extend, query_gradients, query_measurements, squared_norms, take
 from tda.lowrank import shorten, stated
 from tda.methods import Method, parse
@@ -94,20 +95,23 @@ class DirectionJob:
 
 
 def load_fit(fit: Fit, url: str, subject: Subject) -> tuple[Any, ...]:
-    """A completed fit: one Factor per block, Spectra (dense, or of projected gradients), the Truth of a retraining, Trajectories chains."""
+    """A completed fit: one Factor per block, Spectra (dense, or of projected gradients), the Truth of a retraining, Trajectories chains.
+
+    Factors and spectra lie on the subject's device.
+    """
     if fit.kind == "retraining":
         return truth(url)
     if fit.kind == "chains":
         return sampling.load(url)
-    if fit.kind == "projection":
-        return projection.load(url)
-    return fitted(url, subject) if fit.kind == "kronecker" else spectra(url)
+    if fit.kind == "kronecker":
+        return fitted(url, subject)
+    return spectra(url, fit.kind, open_subject(subject).attributed.device)
 
 
 @lru_cache(maxsize=1)
-def spectra(url: str) -> tuple[Any, ...]:
-    """The spectra of a completed dense fit, kept for the next task of the same worker; one at a time, for they are large."""
-    return tuple(dense.load_spectra(url))
+def spectra(url: str, kind: str, device: torch.device) -> tuple[Any, ...]:
+    """The spectra of a completed fit, kept for the next task of the same worker; one at a time, for they are large."""
+    return placed(projection.load(url) if kind == "projection" else tuple(dense.load_spectra(url)), device)
 
 
 @lru_cache(maxsize=1)
@@ -145,7 +149,7 @@ def make_directions(task: tuple[DirectionJob, int]) -> dict[str, Any]:
             job.products,
             job.segments,
             tuple(open_subject(subject).attributed for subject in job.averages),
-            read_tensors(state) if location.exists(state) else None,
+            placed(read_tensors(state), opened.attributed.device) if location.exists(state) else None,
             _kept(state),
             job.ids(block).start,
             opened.query,
@@ -197,8 +201,8 @@ def _asked(job: DirectionJob, opened: Opened, ids: range, *, taken: bool) -> tup
         gradients, values = query_gradients(opened.attributed, opened.query, ids, batch_size=_batching(job, opened))
         return gradients, values, torch.stack([squared_norms(gradient) for gradient in gradients]).sum(0).sqrt()
     later, blocks, proximity = job.carried.job, job.carried.blocks, job.carried.proximity
-    made = read_directions(later, ids)
     attributed = opened.attributed
+    made = placed(read_directions(later, ids), attributed.device)
     return carry(blocks, made.passes[0], attributed.blocks, -proximity, attributed.dtype), made.measurement, made.norms
 
 

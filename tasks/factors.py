@@ -35,6 +35,7 @@ from tda.curvature.covariances import Covariance, covariance_sums
 from tda.curvature.eigen import Factor, decompose, eigenvalue_sums
 from tda.curvature.fisher import Fisher
 from tda.data import batches
+from tda.device import placed
 from tda.directions import check_finite
 from tda.products import Products
 from tda.stored_factors import load_factors
@@ -160,6 +161,7 @@ def sum_shard(node: Node) -> dict[str, Any]:
             }
         else:
             factors = load_factors(job.url, opened.attributed.blocks, eigenvalues=False, layers=node.layers)
+            factors = placed(factors, opened.attributed.device)
             found = eigenvalue_sums(opened.attributed, factors, opened.train, ids, **options)
             tensors = {f"{b}/eigenvalues": t for b, t in enumerate(found, node.first)}
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
@@ -233,6 +235,7 @@ def decompose_layer(task: tuple[FactorJob, int]) -> dict[str, Any]:
     if not _done(job, receipt):
         attributed = open_subject(job.subject).attributed
         sums = read_tensors(root(job, "covariance", layer).url, lambda name: name.startswith(f"{layer}/"))
+        sums = placed(sums, attributed.device)
         covariance = Covariance(*(sums[f"{layer}/{side}"] for side in ("out", "in_", "positions")))
         factor = decompose(attributed.blocks[layer], covariance, job.count, attributed.dtype)
         group = _layer(location.open_group(location.join(job.url, "factors.zarr"), "r+"), layer)
@@ -269,10 +272,11 @@ def _layer(group: zarr.Group, layer: int) -> Any:
 
 def _write(group: Any, name: str, value: Tensor) -> None:
     array = group[name]
-    array[...] = value.to(getattr(torch, str(array.dtype))).numpy()
+    array[...] = value.to(getattr(torch, str(array.dtype))).cpu().numpy()
 
 
 @lru_cache(maxsize=4)
 def fitted(url: str, subject: Subject) -> tuple[Factor, ...]:
     """The factors of a completed fit, kept for the next shard of the same worker."""
-    return tuple(load_factors(url, open_subject(subject).attributed.blocks))
+    attributed = open_subject(subject).attributed
+    return placed(tuple(load_factors(url, attributed.blocks)), attributed.device)

@@ -24,6 +24,7 @@ from tda.products import Products
 from tda.recompute import repeated_layers
 from tda.sampling.refusals import TRIED, check_model
 from tda.sampling.settle import given
+from tda.selfcheck import check_autocast
 
 #: So many examples of each split are evaluated before a run starts; the others' losses are checked when they are scored.
 PROBED = 1024
@@ -132,6 +133,8 @@ def check_precision(request: Request, opened: Opened) -> None:
         raise InputError(f'products = "bfloat16" makes no sense with {whose}; set dtype = "float32", or leave products out')
     if wide and subject.autocast:
         raise InputError(f'autocast = "{subject.autocast}" makes no sense with {whose}; set dtype = "float32", or leave it out')
+    if subject.autocast:
+        check_autocast(opened.attributed, opened.attributed.load(opened.train, range(min(2, len(opened.train)))))
     if subject.recompute and not repeated_layers(opened.attributed.model):
         raise InputError(
             f"checkpoint_activations = true is about layers in an nn.ModuleList of several, and the model of {subject.problem!r} has none; "
@@ -193,7 +196,7 @@ def _target_check(opened: Opened, split: str) -> Callable[[Tensor], None]:
     """likelihood.check for targets of a split without a forward pass each: against outputs of the shape that the first example has."""
     attributed = opened.attributed
     with torch.no_grad():
-        outputs = attributed.problem.predict(attributed.model, attributed.load(opened.data(split), [0]))
+        outputs = attributed.problem.predict(attributed.model, attributed.load(opened.data(split), [0])).cpu()
 
     def check(targets: Tensor) -> None:
         # With a class axis last, as many positions as the targets have: sequences may be of other lengths than the first.

@@ -11,6 +11,7 @@ from tasks.plan import Plan
 from tasks.report_tokens import Parting, Parts
 from tasks.scores import Scored
 from tasks.subject import open_subject
+from tda.device import placed
 from tda.errors import InputError
 from tda.likelihoods import TokenCategorical
 from tda.methods.work import Work
@@ -38,13 +39,14 @@ def parting(plan: Plan) -> Parting | None:
         try:
             both = None
             if method.name in FACTORED and size * len(opened.query[query][1]) <= QUERY_SIDE:
-                both = joint_scores(_work(scored), method, query, train, examples=examples).float().numpy()
+                both = joint_scores(_work(scored), method, query, train, examples=examples).float().cpu().numpy()
             if both is not None and not shortened:
                 return Parts(both.sum(2), both.sum(1))
             # The directions that the scores are of, whatever the run approximated in them: the parts add up to what is stored.
-            directions = read_directions(scored.directions, range(query, query + 1)).passes[0]
+            read = read_directions(scored.directions, range(query, query + 1)).passes[0]
+            directions = placed(read, opened.attributed.device)
             with torch.enable_grad():
-                found = token_scores(opened.attributed, directions, opened.train, train, examples=examples)[0].float().numpy()
+                found = token_scores(opened.attributed, directions, opened.train, train, examples=examples)[0].float().cpu().numpy()
         except InputError:  # a layer that has no part for each token: `run.token_influence` says which
             return None
         return Parts(found, None if both is None else both.sum(1), in_full=both is not None)

@@ -31,6 +31,7 @@ from tasks.tensors import packed
 from tda import checksums as sums
 from tda import location, schema
 from tda.data import digest
+from tda.device import device_here, ready
 from tda.errors import InputError, cause
 from tda.evaluation import subsets
 from tda.evaluation.retraining import STACK, retrained
@@ -50,7 +51,7 @@ class RetrainJob:
     source: the problem's digest when the job was planned. alone: why models are trained one by one; empty where they are stacked.
     folders: where measurements are kept, by alpha.
     given: a digest of subsets that the caller chose, instead of random ones; alphas are then (1.0,), and all subsets share their seeds,
-    so that differences between them are paired.
+    so that differences between them are paired. device: as a run names it.
     """
 
     url: str
@@ -65,6 +66,7 @@ class RetrainJob:
     alone: str = ""
     given: str = ""
     folders: tuple[str, ...] = ()
+    device: str = "cpu"
 
     @property
     def models(self) -> int:
@@ -205,7 +207,8 @@ def retrain_piece(piece: Piece) -> dict[str, Any]:
     where = (piece.alpha, *piece.block.where)
     chosen, seeds = np.asarray(group["masks"][where[:2]]), np.asarray(group["training_seed"][where])
     ids = [np.flatnonzero(mask).tolist() for mask in chosen for _ in piece.block.repeats]
-    found = retrained(problem, train, query, ids, seeds.ravel().tolist(), dtype=_dtype(job), stacked=not job.alone)
+    device = ready(device_here(job.device))
+    found = retrained(problem, train, query, ids, seeds.ravel().tolist(), dtype=_dtype(job), device=device, stacked=not job.alone)
     measured = found.view(*seeds.shape, -1)
     _check_finite(piece, measured.numpy())
     data = packed({"measurement": measured})

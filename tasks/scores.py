@@ -18,6 +18,7 @@ from tasks.directions import DirectionJob, curvature_of
 from tasks.spool import asked
 from tasks.subject import Subject, open_subject
 from tda import location, schema
+from tda.device import home
 from tda.errors import InputError, cause
 from tda.methods import Method
 from tda.products import Products
@@ -144,7 +145,7 @@ def _parts(job: ScoreJob, block: int) -> tuple[dict[Subject, list[Part]], Tensor
     for m, (scored, method) in enumerate(zip(job.methods, job.parsed(), strict=True)):
         direct = type(method).direct is not Method.direct
         read = asked(scored.directions, job.query_ids(block), attributed, 0 if direct else times)
-        measurement = read.measurement
+        measurement = read.measurement.cpu()
         if direct:
             said = method.direct(read.kept, curvature_of(scored.directions))
             parts[job.subject].append(Part(m, 1.0, Scorer(method.title, (), read.norms, direct=said)))
@@ -228,7 +229,7 @@ def scored(job: ScoreJob, ids: Sequence[int], block: int, asked: Tensor | None =
     for subject, here in parts.items():
         opened = open_subject(subject)
         final = subject == job.subject
-        found = score(
+        each = score(
             opened.attributed,
             [part.scorer for part in here],
             opened.train,
@@ -239,6 +240,7 @@ def scored(job: ScoreJob, ids: Sequence[int], block: int, asked: Tensor | None =
             self_influence=job.self_influence and block == 0,
             asked=asked,
         )
+        found = home(each)
         losses = found.loss if final else losses
         mass = mass if len(mass) else torch.zeros(methods, found.mass.shape[1], dtype=torch.float64)
         for k, part in enumerate(here):

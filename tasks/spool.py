@@ -11,8 +11,9 @@ from torch import Tensor
 from tasks.directions import DirectionJob, read_directions, read_parts
 from tda.attributed import Attributed
 from tda.blocks import Block
+from tda.device import placed
 from tda.directions import HELD_BYTES, Direction, held
-from tda.spooled import Met, spooled
+from tda.spooled import Met, on_device, spooled
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ def asked(job: DirectionJob, ids: range, attributed: Attributed, times: int) -> 
     """The directions of queries `ids`, where all methods of a run have so many times the parameters for each; 0: of one without any."""
     blocks = attributed.blocks
     if len(ids) * attributed.dtype.itemsize * times * sum(block.size for block in blocks) <= HELD_BYTES:
-        read = read_directions(job, ids)
+        read = placed(read_directions(job, ids), attributed.device)
         return Asked([held(blocks, directions) for directions in read.passes], read.measurement, read.norms, read.kept)
-    return _spooled(job, ids, blocks)
+    return _spooled(job, ids, blocks, attributed.device)
 
 
-def _spooled(job: DirectionJob, ids: range, blocks: Sequence[Block]) -> Asked:
+def _spooled(job: DirectionJob, ids: range, blocks: Sequence[Block], device: torch.device) -> Asked:
     """One file for all passes: each stored object is read once, and let go before the next one is."""
     measurements, norms = list[Tensor](), list[Tensor]()
 
@@ -44,6 +45,6 @@ def _spooled(job: DirectionJob, ids: range, blocks: Sequence[Block]) -> Asked:
             norms.append(part.norms)
             yield [direction for directions in part.passes for direction in directions]
 
-    found = spooled(blocks, parts(), len(ids), rank=job.parsed().rank)
+    found = [on_device(each, device) for each in spooled(blocks, parts(), len(ids), rank=job.parsed().rank)]
     passes = [found[k : k + len(blocks)] for k in range(0, len(found), len(blocks))]
-    return Asked(passes, torch.cat(measurements), torch.cat(norms))
+    return Asked(passes, torch.cat(measurements), torch.cat(norms).to(device))

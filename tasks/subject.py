@@ -12,14 +12,16 @@ import torch
 from tda import checkpoint
 from tda.attributed import Attributed
 from tda.data import Batching, Budget, length, lengths_of
+from tda.device import device_here, ready
 from tda.errors import InputError
+from tda.loss_scale import SCALE
 from tda.modules import inspect
 from tda.problem import Problem, Split, load_problem, problem_digest
 
 #: Checkpoints that a worker keeps open: methods that unroll the training score against several in one shard, those of three such
 #: methods with their defaults among them.
 OPEN_AT_ONCE = 16
-SHORTER = {"bfloat16": torch.bfloat16}
+SHORTER = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -27,9 +29,10 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Subject:
     """A problem (`options` is JSON), its checkpoint's URL ("" for the weights that its model starts with), and which modules.
 
-    autocast: what layers are computed in, "" for the dtype. recompute: whether activations are checkpointed. weights, source and inputs are
-    digests of the checkpoint, of the problem and of both with the data, as they were when the run was planned, "" before. They keep what a
-    long-lived process has opened apart from what lies at the same place later.
+    autocast: what layers are computed in, "" for the dtype; scale: of losses, where that is float16. recompute: whether activations are
+    checkpointed. device: as a run names it ("auto", "cuda"), which in this process may mean another than elsewhere. weights, source and
+    inputs are digests of the checkpoint, of the problem and of both with the data, as they were when the run was planned, "" before. They
+    keep what a long-lived process has opened apart from what lies at the same place later.
     """
 
     problem: str
@@ -43,6 +46,13 @@ class Subject:
     inputs: str = ""
     autocast: str = ""
     recompute: bool = False
+    device: str = "cpu"
+    scale: float = SCALE
+
+    @property
+    def layers(self) -> str:
+        """What of numbers depends on how layers are computed: a scale of losses decides which small gradients vanish."""
+        return f"{self.autocast}, scale {self.scale:g}" if self.autocast == "float16" else self.autocast
 
 
 @dataclass(frozen=True)
@@ -104,9 +114,10 @@ def open_subject(subject: Subject) -> Opened:
             family.problem.restore(model, state, subject.checkpoint)
         if subject.dtype != "auto":
             model = model.to(DTYPES[subject.dtype])
+        model = model.to(ready(device_here(subject.device)))
         attributed = inspect(family.problem, model, family.train, modules=subject.modules, exclude=subject.exclude)
         if subject.autocast or subject.recompute:
-            attributed = replace(attributed, autocast=SHORTER.get(subject.autocast), recompute=subject.recompute)
+            attributed = replace(attributed, autocast=SHORTER.get(subject.autocast), recompute=subject.recompute, scale=subject.scale)
         while len(family.opened) >= OPEN_AT_ONCE:
             family.opened.pop(next(iter(family.opened)))
         family.opened[subject] = Opened(attributed, family.train, family.query)

@@ -25,7 +25,7 @@ def packed(tensors: dict[str, Tensor]) -> bytes:
     """Named tensors as the bytes of one object."""
     found, seen = {}, set()
     for name, tensor in tensors.items():
-        plain = tensor.detach().contiguous()
+        plain = tensor.detach().cpu().contiguous()
         # The format refuses tensors that share memory, as two methods' directions may.
         found[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
         seen.add(plain.untyped_storage().data_ptr())

@@ -24,7 +24,9 @@ def measured_flops(opened: Opened, work: Work) -> float:
     """
     queries = range(min(QUERIES, work.queries))
     directions, _ = query_gradients(opened.attributed, opened.query, queries, batch_size=work.batch)
-    scorers = [Scorer("dense", [Dense(dense(direction)) for direction in directions], torch.ones(len(queries)))]
+    scorers = [
+        Scorer("dense", [Dense(dense(direction)) for direction in directions], torch.ones(len(queries), device=opened.attributed.device))
+    ]
 
     def scored(ids: Sequence[int]) -> None:
         score(opened.attributed, scorers, opened.train, ids, examples=work.examples, batch_size=work.scoring, self_influence=False)

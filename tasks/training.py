@@ -22,9 +22,10 @@ from tasks.subject import DTYPES, Subject, open_subject, read_checkpoint
 from tda import checkpoint, location
 from tda.carried import begin
 from tda.checksums import of
+from tda.device import device_here, ready
 from tda.errors import InputError
 from tda.methods import Method
-from tda.problem import Problem, load_problem
+from tda.problem import Problem, load_problem, training_device
 from tda.trajectory import Recorder, Segment, Trajectory, cut
 
 #: The option by which a method says how many stretches it cuts a training into, where it is not `segments`.
@@ -44,6 +45,7 @@ def train(job: tuple[Subject, int, str] | tuple[Subject, int, str, Subject | Non
         torch.manual_seed(seed)
         model = problem.model()
         model = model if subject.dtype == "auto" else model.to(DTYPES[subject.dtype])
+        model = model.to(training_device(problem, ready(device_here(subject.device))))
         if start is not None:
             begin(model, open_subject(start).attributed.model.state_dict(), start.checkpoint)
         recorder = Recorder(

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tda.blocks import Block, Pair, to_matrix
 from tda.errors import InputError
+from tda.loss_scale import powers, scaled, unscaled
 from tda.operations import (
     BINDERS,
     MATRIX,
@@ -99,6 +100,8 @@ class Tape:
         autocast: torch.dtype | None = None,
         recompute: bool = False,
     ) -> None:
+        self._scale: float | None = None
+        self._ids: Sequence[int] | None = None
         self._autocast, self._recompute = autocast, recompute
         self._problem, self._model, self._blocks, self._layouts, self._batch = problem, model, blocks, layouts, batch
         self.size = size = len(batch.targets)
@@ -116,6 +119,11 @@ class Tape:
         for _, _, call in recorder.calls:  # only its shape is asked for from here on: what autograd does not need is let go
             assert call.output is not None
             call.output = call.output.detach().new_zeros(()).expand(call.output.shape)
+
+    def scaling(self, scale: float, ids: Sequence[int] | None) -> Tape:
+        """The same, losses being scaled before its backward passes (`tda.loss_scale`). ids: of the examples, for messages."""
+        self._scale, self._ids = scale, ids
+        return self
 
     def _predict(self, batch: Batch) -> Tensor:
         """The outputs, in the model's own dtype also where layers are computed in a shorter one."""
@@ -171,6 +179,8 @@ class Tape:
         blocks = self._blocks if layers is None else self._blocks[layers]
         keys = {block.weight or block.bias or "" for block in blocks}
         calls = [call for key, calls in self._calls.items() if key in keys for call in calls]
+        by = None if self._scale is None else powers(seed, self._scale)
+        seed = seed if by is None else scaled(seed, by)
         edges = [call.edge for call in calls]
         found: Sequence[Tensor | None] = (
             torch.autograd.grad(self.outputs, edges, seed, retain_graph=not last, allow_unused=True) if edges else ()
@@ -178,7 +188,8 @@ class Tape:
         gradients = {id(call): _or_zeros(gradient, call.output) for call, gradient in zip(calls, found, strict=True)}
         direct = self._direct([block for block in blocks if block.direct], seed)
         for block in blocks:
-            yield [direct[block.name]] if block.direct else self._read(block, gradients, apart=apart)
+            pairs = [direct[block.name]] if block.direct else self._read(block, gradients, apart=apart)
+            yield pairs if by is None or self._scale is None else [unscaled(pair, by, self._ids, self._scale) for pair in pairs]
 
     def _read(self, block: Block, gradients: dict[int, Tensor], *, apart: bool) -> list[Pair]:
         calls = self._calls.get(block.weight or block.bias or "", [])

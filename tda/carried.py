@@ -93,12 +93,12 @@ def carry(
     found: dict[str, Tensor] = {}
     for block, direction in zip(later, directions, strict=True):
         found |= to_parameters(block, dense(direction).to(dtype) * factor)
-    queries = len(next(iter(found.values())))
+    some = next(iter(found.values()))
     carried: list[Direction] = []
     for block in earlier:
         wanted = shapes([block])
         kept = {
-            name: found[name] if name in found and found[name].shape[1:] == shape else torch.zeros(queries, *shape, dtype=dtype)
+            name: found[name] if name in found and found[name].shape[1:] == shape else some.new_zeros(len(some), *shape)
             for name, shape in wanted.items()
         }
         carried.append(Dense(to_matrix(block, kept).contiguous()))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
+from tda.device import CPU
 from tda.errors import InputError, cause
 from tda.problem import Batch, Problem, Split
 
@@ -19,7 +20,7 @@ from tda.problem import Batch, Problem, Split
 REREAD = 8
 
 
-def load_batch(problem: Problem, dataset: Any, ids: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Batch:
+def load_batch(problem: Problem, dataset: Any, ids: Sequence[int], *, dtype: torch.dtype, device: torch.device = CPU) -> Batch:
     """Examples `ids` of a map-style dataset, collated; floating-point inputs and targets are cast to `dtype`.
 
     Inputs in any kind of mapping (a tokenizer's BatchEncoding, say) become plain dicts, which Problem.predict passes on by name.
@@ -41,7 +42,9 @@ def load_batch(problem: Problem, dataset: Any, ids: Sequence[int], *, dtype: tor
             return {key: tree_map(place, value) for key, value in leaf.items()}
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
+        # From pinned memory a GPU fetches a batch by itself, while Python goes on.
+        leaf = leaf.pin_memory() if device.type == "cuda" and leaf.device == CPU else leaf
+        return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None, non_blocking=True)
 
     return Batch(tree_map(place, inputs), place(targets))
 

@@ -165,7 +165,7 @@ def query_measurements(attributed: Attributed, dataset: Any, ids: Sequence[int],
     with fast_float32(), torch.no_grad():
         for part in parts:
             batch = attributed.load(dataset, part)
-            tape = attributed.tape(batch)
+            tape = attributed.tape(batch, part)
             values.append(_measured(attributed, tape, batch, part))
     order = in_order(ids, parts)
     return torch.cat(values) if order is None else torch.cat(values)[order]
@@ -187,7 +187,7 @@ def query_gradients(attributed: Attributed, dataset: Any, ids: Sequence[int], *,
     with fast_float32():
         for part in parts:
             batch = attributed.load(dataset, part)
-            tape = attributed.tape(batch)
+            tape = attributed.tape(batch, part)
             values.append(_measured(attributed, tape, batch, part))
             pairs = tape.pairs(tape.seed(tape.measurement))
             found.append([_gradient(block, p) for block, p in zip(attributed.blocks, pairs, strict=True)])

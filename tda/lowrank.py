@@ -88,7 +88,7 @@ def _levelled(basis: Tensor) -> Tensor:
     gram = (basis.mT @ basis).double()
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     shift = 4 * torch.finfo(basis.dtype).eps * size + torch.finfo(torch.float32).tiny
-    lower = torch.linalg.cholesky(gram + shift * torch.eye(gram.shape[-1], dtype=torch.float64))
+    lower = torch.linalg.cholesky(gram + shift * torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device))
     levelled: Tensor = basis @ torch.linalg.inv(lower).mT.to(basis)
     return levelled
 

@@ -20,6 +20,7 @@ from tda.attributed import UNUSED, Attributed, Skipped
 from tda.blocks import Block, vector_block
 from tda.capture import Recorder
 from tda.data import load_batch
+from tda.device import device_of
 from tda.errors import InputError, cause
 from tda.operations import MATRIX, Call, Layout, fits
 from tda.problem import Batch, Problem
@@ -47,7 +48,7 @@ def inspect(
     chosen, skipped = _chosen(problem, model, modules, exclude)
     n = len(dataset)
     # The third example is the first again, so that padding to the longest of a batch changes no other axis.
-    pair, triple = (load_batch(problem, dataset, [i % n for i in ids], dtype=dtype) for ids in ((0, 1), (0, 1, 0)))
+    pair, triple = (load_batch(problem, dataset, [i % n for i in ids], dtype=dtype, device=device_of(model)) for ids in ((0, 1), (0, 1, 0)))
     few, more = (_record(problem, model, chosen, batch) for batch in (pair, triple))
     blocks, layouts = _classify(chosen, few, more)
     named = {name for block in blocks for name in block.parameters}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tda.checkpoint import fill
+from tda.device import CPU
 from tda.errors import InputError, cause
 from tda.likelihoods import Likelihood
 from tda.recipe import Recipe, train
@@ -145,6 +146,11 @@ class Problem(ABC):
 def can_fit(problem: Problem) -> bool:
     """Whether the problem says how to train: by its own `fit`, or by a recipe."""
     return type(problem).fit is not Problem.fit or problem.recipe() is not None
+
+
+def training_device(problem: Problem, device: torch.device) -> torch.device:
+    """Where the model lies that `fit` is given: by a recipe it is trained on the device; a `fit` of the user's own moves it as it likes."""
+    return device if type(problem).fit is Problem.fit else CPU
 
 
 def measurement_of(problem: Problem) -> dict[str, str]:

@@ -73,7 +73,7 @@ def add_block(projection: Projection, blocks: Sequence[Block], b: int, pairs: Se
     part = next(part for part in projection.parts(blocks) if b in part)
     kind = projection.kind(blocks, part)
     if kind == "outer":
-        signs = _signs(projection, b, block, pairs[0].left.dtype)
+        signs = _signs(projection, b, block, pairs[0].left)
         step = _step(block.groups * max(pair.positions for pair in pairs) * projection.dim)
         some = [[part_of(pair, k, k + step) for pair in pairs] for k in range(0, batch, step)]
         rows = torch.cat([torch.stack([_outer_rows(signs, pair) for pair in p]).sum(0) for p in some])
@@ -100,7 +100,7 @@ def project(projection: Projection, blocks: Sequence[Block], gradients: Sequence
         step = _step(max(block.size, block.groups * block.out * projection.dim) if kinds[b] == "outer" else block.size)
         each = [dense(take(gradient, slice(k, k + step))) for k in range(0, queries, step)]
         if kinds[b] == "outer":
-            signs = _signs(projection, b, block, each[0].dtype)
+            signs = _signs(projection, b, block, each[0])
             found[b] = torch.cat([torch.einsum("qgoi,rgi,rgo->qr", m, signs[1], signs[0]) for m in each])
         else:
             found[b] = torch.cat([_flat_rows(projection, b, block, kinds[b], m.flatten(1)) for m in each])
@@ -119,9 +119,9 @@ def lift(projection: Projection, blocks: Sequence[Block], features: Sequence[Ten
                 found[b] = rows[:, start : start + block.size].reshape(shape)
                 start += block.size
             elif kind == "dense":
-                found[b] = (rows / math.sqrt(projection.dim) @ _matrix(projection, b, block, rows.dtype)).view(shape)
+                found[b] = (rows / math.sqrt(projection.dim) @ _matrix(projection, b, block, rows)).view(shape)
             else:
-                left, right = _signs(projection, b, block, rows.dtype)
+                left, right = _signs(projection, b, block, rows)
                 each = [torch.einsum("r,rgo,rgi->goi", row, left, right) for row in rows / math.sqrt(projection.dim)]
                 found[b] = torch.stack(each)
     return found
@@ -142,7 +142,7 @@ def _joined(projection: Projection, blocks: Sequence[Block], part: Sequence[int]
 
 
 def _flat_rows(projection: Projection, b: int, block: Block, kind: str, rows: Tensor) -> Tensor:
-    return rows if kind == "none" else rows @ _matrix(projection, b, block, rows.dtype).T
+    return rows if kind == "none" else rows @ _matrix(projection, b, block, rows).T
 
 
 def _outer_rows(signs: tuple[Tensor, Tensor], pair: Pair) -> Tensor:
@@ -152,28 +152,28 @@ def _outer_rows(signs: tuple[Tensor, Tensor], pair: Pair) -> Tensor:
     return (left * right).sum((0, 2))
 
 
-def _matrix(projection: Projection, b: int, block: Block, dtype: torch.dtype) -> Tensor:
+def _matrix(projection: Projection, b: int, block: Block, like: Tensor) -> Tensor:
     """The signs (k, size) of a block."""
-    return _rows(projection, b, block.size, dtype)
+    return _rows(projection, b, block.size, like)
 
 
-def _signs(projection: Projection, b: int, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _signs(projection: Projection, b: int, block: Block, like: Tensor) -> tuple[Tensor, Tensor]:
     """The signs of a block whose rows are outer products: left (k, groups, out), right (k, groups, in)."""
     sizes = (block.groups * block.out, block.groups * block.in_)
-    left, right = _rows(projection, b, sum(sizes), dtype).split(sizes, 1)
+    left, right = _rows(projection, b, sum(sizes), like).split(sizes, 1)
     return left.reshape(-1, block.groups, block.out), right.reshape(-1, block.groups, block.in_)
 
 
-def _rows(projection: Projection, b: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Signs (k, size) of a block, drawn once for the projection that is at work."""
-    kept = _kept(projection, dtype)
+def _rows(projection: Projection, b: int, size: int, like: Tensor) -> Tensor:
+    """Signs (k, size) of a block, of the dtype and on the device of `like`; drawn once for the projection that is at work."""
+    kept = _kept(projection, like.dtype, like.device)
     if (b, size) not in kept:
-        kept[b, size] = torch.stack([_row(projection.seed, b, r, size, dtype) for r in range(projection.dim)])
+        kept[b, size] = torch.stack([_row(projection.seed, b, r, size, like.dtype) for r in range(projection.dim)]).to(like.device)
     return kept[b, size]
 
 
 @lru_cache(maxsize=1)
-def _kept(projection: Projection, dtype: torch.dtype) -> dict[tuple[int, int], Tensor]:  # noqa: ARG001  (they are what it is kept by)
+def _kept(projection: Projection, dtype: torch.dtype, device: torch.device) -> dict[tuple[int, int], Tensor]:  # noqa: ARG001  (its key)
     return {}
 
 

@@ -134,14 +134,14 @@ def _score_batch(
     asked: Tensor | None,
 ) -> ShardScores:  # fmt: skip
     batch = attributed.load(dataset, ids)
-    tape = attributed.tape(batch)
+    tape = attributed.tape(batch, ids)
     loss = attributed.problem.likelihood.loss(tape.precise, batch.targets).to(attributed.dtype)
     check_finite(loss, ids, "loss of train example")
     queries = len(scorers[0].norms) if scorers else 0
     influence = loss.new_zeros(len(scorers), queries, len(ids))
     own = loss.new_zeros(len(scorers), len(ids))
-    norms = torch.zeros(len(ids), dtype=torch.float64)
-    mass = torch.zeros(len(scorers), len(attributed.blocks), dtype=torch.float64)
+    norms = loss.new_zeros(len(ids), dtype=torch.float64)
+    mass = loss.new_zeros(len(scorers), len(attributed.blocks), dtype=torch.float64)
     whole = selves and any(isinstance(s.own, WholeSpectra) for s in scorers)
     kept = [loss.new_zeros(len(ids), block.size) for block in attributed.blocks] if whole else None
     projected: dict[Projection, dict[int, Tensor]] = {s.own.projection: {} for s in scorers if selves and isinstance(s.own, Projected)}
@@ -258,8 +258,8 @@ def score_error(
     with fast_float32():
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
-            tape = attributed.tape(batch)
-            off, right = torch.zeros(()), torch.zeros(())
+            tape = attributed.tape(batch, part)
+            off, right = (torch.zeros((), device=attributed.device) for _ in range(2))
             pairs = tape.pairs(tape.seed(attributed.problem.likelihood.loss))
             for block, found, a, b in zip(attributed.blocks, pairs, short, exact, strict=True):
                 if found:

@@ -78,7 +78,7 @@ def whole_products(own: WholeSpectra, gradients: Sequence[Tensor]) -> Tensor:
 
 def projected_products(own: WholeSpectra | Projected, coordinates: Sequence[Tensor]) -> Tensor:
     """The same, from the gradients in the coordinates of each spectrum, (batch, k)."""
-    total = torch.zeros(len(coordinates[0]), dtype=torch.float64)
+    total = coordinates[0].new_zeros(len(coordinates[0]), dtype=torch.float64)
     for rows, spectrum, inverse in zip(coordinates, own.spectra, own.inverses, strict=True):
         step = max(1, GRADIENT_BYTES // (8 * len(inverse)))
         for start in range(0, len(total), step):

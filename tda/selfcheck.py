@@ -47,13 +47,27 @@ def check_losses(attributed: Attributed, batch: Batch) -> None:
             )
 
 
+def check_autocast(attributed: Attributed, batch: Batch) -> None:
+    """Raise InputError unless the model can be computed in the dtype of its autocast, forwards and backwards."""
+    kind = str(attributed.autocast).removeprefix("torch.")
+    try:
+        tape = attributed.tape(batch)
+        for _ in tape.pairs(tape.seed(attributed.problem.likelihood.loss)):
+            pass
+    except (RuntimeError, NotImplementedError) as error:
+        other = 'use "bfloat16", or leave it out' if kind == "float16" else "leave it out"
+        raise InputError(
+            f'autocast = "{kind}": the model cannot be computed so on {attributed.device.type}: {cause(error)}; {other}'
+        ) from error
+
+
 def gradient_errors(attributed: Attributed, batch: Batch) -> Iterator[tuple[Block, float, int]]:
     """For each block: the relative error of its captured per-example gradients against autograd's, and its positions per example."""
     size, tape = len(batch.targets), attributed.tape(batch)
     generator = torch.Generator().manual_seed(0)
     seed = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
     truths = [_truth(attributed, example(batch, i, size), seed[i : i + 1]) for i in range(size)]
-    scale = max(float(torch.sqrt(sum((g.double().square().sum() for g in t.values()), torch.zeros(())))) for t in truths)
+    scale = max(float(torch.sqrt(sum((g.double().square().sum() for g in t.values()), seed.new_zeros(())))) for t in truths)
     for block, pairs in zip(attributed.blocks, tape.pairs(seed), strict=True):
         truth = torch.stack([to_matrix(block, t) for t in truths])
         captured = example_gradients(block, pairs) if pairs else torch.zeros_like(truth)

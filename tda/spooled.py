@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tda.blocks import Block
 from tda.costs import by_terms
+from tda.device import CPU, placed
 from tda.directions import ENDLESS, SPOOL_BYTES, Dense, Direction, Factored, count, dense, extend, padded, scaled, tensors
 from tda.errors import InputError
 from tda.lowrank import keeps_full
@@ -107,11 +108,15 @@ class Stored:
 
 @dataclass(frozen=True)
 class Spooled:
-    """Directions of one block in a file: matrices, or left and right of terms as `Factored` has them. scale: (query,), or none."""
+    """Directions of one block in a file: matrices, or left and right of terms as `Factored` has them. scale: (query,), or none.
+
+    device: where they are met, part by part.
+    """
 
     sides: tuple[Stored, ...]
     matrix_bytes: int
     scale: Tensor | None = None
+    device: torch.device = CPU
 
     @property
     def queries(self) -> int:
@@ -134,7 +139,7 @@ class Spooled:
         for start in range(0, self.queries, step):
             stop = min(start + step, self.queries)
             found = [side.rows(start, stop) for side in self.sides]
-            part = Dense(*found) if self.rank is None else Factored(*found)
+            part = placed(Dense(*found) if self.rank is None else Factored(*found), self.device)
             yield part if self.scale is None else scaled(part, self.scale[start:stop])
             for side in self.sides:
                 side.let_go(start, stop)
@@ -145,6 +150,11 @@ class Spooled:
 
 
 Met = Dense | Factored | Spooled
+
+
+def on_device(direction: Met, device: torch.device) -> Met:
+    """The same, to be met on a device; what is in a file stays there until it is met."""
+    return replace(direction, device=device) if isinstance(direction, Spooled) else placed(direction, device)
 
 
 def spooled(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils.data import Subset
 
+from tda.device import CPU
 from tda.errors import cause
 from tda.problem import Batch, Problem
 from tda.recipe import Recipe, load_all, orders, rows
@@ -62,7 +63,13 @@ class Predict(nn.Module):
 
 
 def fit_stack(
-    problem: Problem, dataset: Any, subsets: Sequence[Sequence[int]], seeds: Sequence[int], *, dtype: torch.dtype | None = None
+    problem: Problem,
+    dataset: Any,
+    subsets: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
 ) -> Stack:
     """Train one model on each subset of the dataset with its seed, by the problem's recipe; subsets are of one length.
 
@@ -70,24 +77,29 @@ def fit_stack(
     """
     recipe = problem.recipe()
     assert recipe is not None, "only what has a recipe can be stacked"
-    return _fit(problem, recipe, dataset, subsets, seeds, dtype)
+    return _fit(problem, recipe, dataset, subsets, _initial(problem, seeds, dtype, device), seeds)
 
 
 def _fit(
-    problem: Problem, recipe: Recipe, dataset: Any, subsets: Sequence[Sequence[int]], seeds: Sequence[int], dtype: torch.dtype | None
+    problem: Problem,
+    recipe: Recipe,
+    dataset: Any,
+    subsets: Sequence[Sequence[int]],
+    initial: tuple[nn.Module, dict[str, Tensor]],
+    seeds: Sequence[int],
 ) -> Stack:
-    skeleton, parameters = _initial(problem, seeds, dtype)
+    skeleton, parameters = initial
     stack = Stack(problem, skeleton, parameters)
     trained = [parameters[name] for name, parameter in skeleton.named_parameters() if parameter.requires_grad]
     whole = load_all(problem, dataset, trained[0])
     by_hand = mlp_gradients(problem, skeleton, whole) or cnn_gradients(problem, skeleton, whole)
     gradients = by_hand or _any_gradients(stack)
-    ids_Mn = torch.tensor([list(ids) for ids in subsets])
+    ids_Mn = torch.tensor([list(ids) for ids in subsets]).to(whole.targets.device)
     momenta = [torch.zeros_like(parameter) for parameter in trained]
     start = [parameter.clone() for parameter in trained] if recipe.proximity else []
     skeleton.train()
     for epoch in zip(*(orders(recipe, ids_Mn.shape[1], seed) for seed in seeds), strict=True):
-        for ids_MB in ids_Mn.gather(1, torch.stack(epoch)).split(recipe.batch_size, 1):
+        for ids_MB in ids_Mn.gather(1, torch.stack(epoch).to(ids_Mn.device)).split(recipe.batch_size, 1):
             batch = rows(whole, ids_MB)
             _step(recipe, trained, start, momenta, gradients(trained, batch.inputs, batch.targets))
     return stack
@@ -108,13 +120,15 @@ def _step(recipe: Recipe, parameters: list[Tensor], start: list[Tensor], momenta
         torch._foreach_add_(parameters, gradients, alpha=-recipe.learning_rate)
 
 
-def _initial(problem: Problem, seeds: Sequence[int], dtype: torch.dtype | None) -> tuple[nn.Module, dict[str, Tensor]]:
+def _initial(
+    problem: Problem, seeds: Sequence[int], dtype: torch.dtype | None, device: torch.device
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A skeleton, and the stacked weights of a fresh model per seed."""
     models = []
     with torch.random.fork_rng(devices=[]):
         for seed in seeds:
             torch.manual_seed(seed)
-            models.append(problem.model().to(dtype))
+            models.append(problem.model().to(device=device, dtype=dtype))
     states = [dict(model.named_parameters()) for model in models]
     return models[0], {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
 
@@ -151,7 +165,7 @@ def unstackable(problem: Problem, dataset: Any, *, dtype: torch.dtype | None = N
     ids = [range(count), range(len(dataset) - count, len(dataset))]
     short = replace(recipe, epochs=1)
     try:
-        stack = _fit(problem, short, dataset, ids, [0, 1], dtype)
+        stack = _fit(problem, short, dataset, ids, _initial(problem, [0, 1], dtype, CPU), [0, 1])
         apart = max(_distance(problem, short, dataset, ids[m], m, stack.state(m)) for m in range(2))
     except Exception as error:  # noqa: BLE001  (what vmap cannot do, it says in many ways)
         return f"torch cannot batch the model: {cause(error)}"

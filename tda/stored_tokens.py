@@ -16,6 +16,7 @@ from tda import checkpoint, location, schema
 from tda.attributed import Attributed
 from tda.directions import Dense, Direction, Factored, count, take
 from tda.errors import InputError
+from tda.loss_scale import SCALE
 from tda.methods import Method, parse_all
 from tda.methods.ekfac import EKFAC
 from tda.methods.sweep import expand
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from tda.results import Run
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-AUTOCAST = {"bfloat16": torch.bfloat16}
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 #: Methods whose directions are a fixed linear map of gradients, given by factors.
@@ -140,7 +141,8 @@ def _opened(run: Run, weights: str) -> Attributed:
         model = model.to(DTYPES[config["dtype"]])
     found = inspect(problem, model, problem.train_data(), modules=config["modules"], exclude=config["exclude"])
     short, recompute = config.get("autocast"), config.get("checkpoint_activations", False)  # absent in runs of before
-    return replace(found, autocast=AUTOCAST[short] if short else None, recompute=recompute)
+    scale = config.get("autocast_scale", SCALE)
+    return replace(found, autocast=AUTOCAST[short] if short else None, recompute=recompute, scale=scale)
 
 
 def _weights(run: Run, given: str | None, digest: str) -> tuple[dict[str, torch.Tensor], str]:

@@ -44,11 +44,11 @@ def covariance_sums(
     layers: for these blocks alone; no sum depends on which are taken together.
     """
     blocks = attributed.blocks if layers is None else attributed.blocks[layers]
-    sums = [_zeros(block, attributed.dtype) for block in blocks]
+    sums = [_zeros(block, attributed.dtype, attributed.device) for block in blocks]
     with fast_float32():
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
-            tape = attributed.tape(batch)
+            tape = attributed.tape(batch, part)
             for output_gradient, first, last in seeds(attributed.problem, tape, batch, part, fisher, seed):
                 for total, pairs in zip(sums, tape.pairs(output_gradient, last=last, layers=layers), strict=True):
                     for pair in pairs:
@@ -60,11 +60,12 @@ def covariance_sums(
     return sums
 
 
-def _zeros(block: Block, dtype: torch.dtype) -> Covariance:
+def _zeros(block: Block, dtype: torch.dtype, device: torch.device) -> Covariance:
     def side(n: int, rotated: bool) -> Tensor:
-        return torch.zeros(block.groups, n, n, dtype=dtype) if rotated else torch.zeros(block.groups, n, dtype=dtype)
+        return torch.zeros(block.groups, *([n, n] if rotated else [n]), dtype=dtype, device=device)
 
-    return Covariance(side(block.out, block.rotates_out), side(block.in_, block.rotates_in), torch.zeros((), dtype=torch.float64))
+    positions = torch.zeros((), dtype=torch.float64, device=device)
+    return Covariance(side(block.out, block.rotates_out), side(block.in_, block.rotates_in), positions)
 
 
 def _add(total: Covariance, pair: Pair, first: bool, products: Products) -> None:

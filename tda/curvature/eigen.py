@@ -77,12 +77,12 @@ def eigenvalue_sums(  # noqa: PLR0913  (the options of every pass over the data)
     The labels are the same as in `covariance_sums`. The form is chosen from shapes, see `tda.costs`.
     """
     blocks = attributed.blocks if layers is None else attributed.blocks[layers]
-    sums = [torch.zeros(b.groups, b.out, b.in_, dtype=attributed.dtype) for b in blocks]
+    sums = [torch.zeros(b.groups, b.out, b.in_, dtype=attributed.dtype, device=attributed.device) for b in blocks]
     bases = [replace(f, basis_out=_cast(f.basis_out, products), basis_in=_cast(f.basis_in, products)) for f in factors]
     with fast_float32():
         for part in batches(ids, batch_size):
             batch = attributed.load(dataset, part)
-            tape = attributed.tape(batch)
+            tape = attributed.tape(batch, part)
             for output_gradient, _, last in seeds(attributed.problem, tape, batch, part, fisher, seed):
                 found = tape.pairs(output_gradient, last=last, layers=layers)
                 for block, factor, total, pairs in zip(blocks, bases, sums, found, strict=True):

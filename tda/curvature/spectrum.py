@@ -132,7 +132,7 @@ def solve(spectra: Sequence[Spectrum], inverses: Sequence[Tensor], flat: Tensor,
 
     inverses: f(s), (n,), for each spectrum. Coordinates that no spectrum covers become 0.
     """
-    solved = torch.zeros(flat.shape, dtype=torch.float64)
+    solved = torch.zeros(flat.shape, dtype=torch.float64, device=flat.device)
     for spectrum, inverse in zip(spectra, inverses, strict=True):
         some = columns(spectrum, blocks)
         rotated = (flat[:, some].double() @ spectrum.vectors).mul_(inverse)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from tda.data import batches, load_batch
-from tda.problem import Batch, Problem
+from tda.device import CPU
+from tda.problem import Batch, Problem, training_device
 from tda.stacked import fit_stack
 
 #: So many models are trained at once: fewer leave time to Python, more leave the cache (python -m tests.benchmarks.lds --timing).
@@ -21,13 +22,15 @@ NUMBERS = 1 << 24
 BATCH = 256
 
 
-def retrain(problem: Problem, dataset: Any, ids: Sequence[int], seed: int, *, dtype: torch.dtype | None = None) -> nn.Module:
+def retrain(
+    problem: Problem, dataset: Any, ids: Sequence[int], seed: int, *, dtype: torch.dtype | None = None, device: torch.device = CPU
+) -> nn.Module:
     """A fresh model trained by `problem.fit` on examples `ids` of the dataset, in eval mode; as a run trains its checkpoint."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = problem.model().to(dtype)
+        model = problem.model().to(device=training_device(problem, device), dtype=dtype)
         problem.fit(model, Subset(dataset, list(ids)), seed=seed, on_checkpoint=_ignore)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def _ignore(*_: Any, **__: Any) -> None:
@@ -66,6 +69,7 @@ def retrained(
     seeds: Sequence[int],
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
     stacked: bool = True,
 ) -> Tensor:
     """Measurements after retraining on each subset with its seed, (model, query) float64.
@@ -75,7 +79,9 @@ def retrained(
     """
     if not stacked:
         each = zip(subsets, seeds, strict=True)
-        return torch.stack([measure(problem, retrain(problem, dataset, ids, seed, dtype=dtype), queries) for ids, seed in each])
+        return torch.stack(
+            [measure(problem, retrain(problem, dataset, ids, seed, dtype=dtype, device=device), queries) for ids, seed in each]
+        )
     with torch.random.fork_rng(devices=[]):
         parameters = sum(parameter.numel() for parameter in problem.model().parameters())
     count = max(1, min(STACK, NUMBERS // parameters))
@@ -83,7 +89,8 @@ def retrained(
     for size in sorted({len(ids) for ids in subsets}):
         places = [place for place, ids in enumerate(subsets) if len(ids) == size]
         for some in batches(places, count):
-            part = measure_stack(problem, dataset, queries, [subsets[p] for p in some], [seeds[p] for p in some], dtype=dtype)
+            mine = [subsets[p] for p in some], [seeds[p] for p in some]
+            part = measure_stack(problem, dataset, queries, *mine, dtype=dtype, device=device)
             for place, values in zip(some, part, strict=True):
                 found[place] = values
     return torch.stack(found)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import BeforeValidator, model_validator
 from torch import Tensor
 
@@ -126,9 +125,9 @@ class Bif(Method):
         factor = -1.0 if self.normalized else -stored.scale
 
         def scores(_attributed: Attributed, _tape: Tape, ids: Sequence[int]) -> Directly:
-            train = stored.train(ids)
+            train = stored.train(ids).to(kept["measurement"].device)
             found, stderr = covariance(train, queries, normalized=self.normalized)
-            own = torch.full((len(ids),), -1.0) if self.normalized else factor * _variance(train)
+            own = train.new_full((len(ids),), -1.0) if self.normalized else factor * _variance(train)
             return Directly(factor * found, abs(factor) * stderr, own)
 
         return scores

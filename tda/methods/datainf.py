@@ -49,7 +49,7 @@ class DataInf(Shortened):
         with fast_float32():
             queries = [dense(gradient) for gradient in gradients]
             dampings = self._dampings(work)
-            sums = [torch.zeros(matrix.shape, dtype=torch.float64) for matrix in queries]
+            sums = [torch.zeros_like(matrix, dtype=torch.float64) for matrix in queries]
             for block, b, pairs in _pairs(work.attributed, work.train, work.batch_size):
                 if dampings[b] > 0:
                     _add(sums[b], queries[b], block, pairs, dampings[b], work.products)
@@ -73,7 +73,7 @@ class DataInf(Shortened):
 def _pairs(attributed: Attributed, dataset: Sequence[object], batch_size: int) -> Iterator[tuple[Block, int, list[Pair]]]:
     """The training gradients batch by batch: every block that the batch uses, its number, its pairs."""
     for part in batches(range(len(dataset)), batch_size):
-        tape = attributed.tape(attributed.load(dataset, part))
+        tape = attributed.tape(attributed.load(dataset, part), part)
         every = zip(attributed.blocks, tape.pairs(tape.seed(attributed.problem.likelihood.loss)), strict=True)
         yield from ((block, b, pairs) for b, (block, pairs) in enumerate(every) if pairs)
 

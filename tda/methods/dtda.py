@@ -60,4 +60,4 @@ class Dtda(Method):
 
     def direct(self, kept: Mapping[str, Tensor], fits: Sequence[Any] = ()) -> Callable[[Attributed, Tape, Sequence[int]], Tensor]:
         """The columns of a batch."""
-        return lambda _attributed, _tape, ids: kept["influence"][:, list(ids)]
+        return lambda _attributed, _tape, ids: kept["influence"][:, torch.tensor(list(ids))]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
@@ -89,7 +88,7 @@ def system_of(attributed: Attributed, work: Work, gradients: Sequence[Direction]
     """(C + damping I) v = g for the gradients of all queries, with the curvature of a model over all training examples."""
     right = flatten(attributed.blocks, [dense(gradient) for gradient in gradients])
     operator = Operator(attributed, work.train, curvature, work.batch_size)
-    return System(operator.product, torch.tensor(damping, dtype=right.dtype), right, len(work.train), work.first)
+    return System(operator.product, right.new_full((), damping), right, len(work.train), work.first)
 
 
 def heuristic_damping(factors: Sequence[Factor]) -> float:

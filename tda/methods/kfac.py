@@ -74,7 +74,7 @@ class KFAC(Shortened):
         inverse = -inverse_eigenvalues(factor, self.spectrum, self.damping)
         queries = count(gradient)
         dtype = torch.bfloat16 if products == "bfloat16" else inverse.dtype
-        matrix = torch.empty(queries, *inverse.shape, dtype=dtype)
+        matrix = inverse.new_empty(queries, *inverse.shape, dtype=dtype)
         step = max(1, CHUNK // block.size)
         for k in range(0, queries, step):
             some = slice(k, k + step)

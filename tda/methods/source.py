@@ -129,7 +129,7 @@ def _mapped(work: Work, k: int, gradients: Sequence[Direction], of: Callable[[Te
 def _mapped_block(block: Block, factor: Factor, gradient: Direction, of: Callable[[Tensor], Tensor], products: Products) -> Direction:
     values = of(spectrum(factor, "ekfac").double()).to(factor.kfac_out.dtype)
     count = len(gradient.matrix if isinstance(gradient, Dense) else gradient.left)
-    matrix = torch.empty(count, *values.shape, dtype=torch.bfloat16 if products == "bfloat16" else values.dtype)
+    matrix = values.new_empty(count, *values.shape, dtype=torch.bfloat16 if products == "bfloat16" else values.dtype)
     step = max(1, CHUNK // block.size)
     for start in range(0, count, step):
         some = slice(start, start + step)

@@ -189,7 +189,7 @@ def gram_sums(attributed: Attributed, dataset: Any, ids: Sequence[int], projecti
     function, sums = output_function(attributed.problem.likelihood), list[Tensor]()
     with fast_float32():
         for part in batches(ids, batch_size):
-            tape = attributed.tape(attributed.load(dataset, part))
+            tape = attributed.tape(attributed.load(dataset, part), part)
             features = project_examples(projection, attributed.blocks, tape.pairs(tape.seed(function)), len(part))
             each = [rows.double().T @ rows.double() for rows in features]
             sums = each if not sums else [total.add_(one) for total, one in zip(sums, each, strict=True)]

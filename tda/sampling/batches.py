@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tda.device import CPU
 from tda.problem import Batch
 from tda.recipe import rows
 from tda.sampling.options import Sampling
 
 #: Normal numbers of one chain that are drawn at once: seeding a generator costs as much as drawing 500.
 DRAWN = 1 << 15
+#: The noise of models with up to so many numbers is drawn by the processor, and is the same on every device. Of larger ones a GPU draws its
+#: own, other numbers of the same distribution: it would wait for those of a processor.
+DRAWN_HERE = 1 << 22
 #: Numbers of the examples that are gathered at once, for as many steps as they make: few gathers, and all of them in the cache.
 GATHERED = 1 << 17
 
@@ -39,7 +43,8 @@ class Noise:
         self.steps = max(1, DRAWN // numbers)  # of the model alone: whoever stands beside a chain does not change its numbers
         self.drawn_CSD = like.new_empty(len(chains), self.steps, numbers)
         self.each_CD = self.drawn_CSD.unbind(1)
-        self.generator = torch.Generator(like.device)
+        self.drawn_on = CPU if numbers <= DRAWN_HERE else like.device
+        self.generator = torch.Generator(self.drawn_on)
 
     def at(self, step: int) -> Tensor:
         """The noise of one step, (C, D); it is overwritten later."""
@@ -48,7 +53,11 @@ class Noise:
             self.block = block
             for chain, numbers_SD in zip(self.chains, self.drawn_CSD, strict=True):
                 self.generator.manual_seed(key("noise", self.seed, chain, block))
-                numbers_SD.normal_(0.0, self.scale, generator=self.generator)
+                if numbers_SD.device == self.drawn_on:
+                    numbers_SD.normal_(0.0, self.scale, generator=self.generator)
+                else:
+                    drawn = torch.empty_like(numbers_SD, device=self.drawn_on)
+                    numbers_SD.copy_(drawn.normal_(0.0, self.scale, generator=self.generator))
         return self.each_CD[place]
 
 

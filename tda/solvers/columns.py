@@ -17,6 +17,7 @@ from torch import Tensor
 from tda import flat
 from tda.attributed import Attributed
 from tda.blocks import Block, Pair, example_gradients
+from tda.capture import Tape
 from tda.data import batches
 from tda.errors import InputError
 from tda.problem import Batch
@@ -52,7 +53,7 @@ def worth_it(attributed: Attributed, dataset: Any) -> bool:
 
 
 def _is_root(columns: Sequence[Tensor], attributed: Attributed, batch: Batch, outputs: Tensor) -> bool:
-    vector = torch.linspace(-1.0, 2.0, outputs.numel(), dtype=torch.float64).view_as(outputs)
+    vector = torch.linspace(-1.0, 2.0, outputs.numel(), dtype=torch.float64, device=outputs.device).view_as(outputs)
     by_columns = torch.stack([column * (column * vector).sum() for column in columns]).sum(0)
     wanted = attributed.problem.likelihood.hessian_product(outputs, batch.targets, vector[None])[0]
     return bool(torch.allclose(by_columns, wanted, rtol=1e-9, atol=1e-12))
@@ -61,8 +62,7 @@ def _is_root(columns: Sequence[Tensor], attributed: Attributed, batch: Batch, ou
 def rows(attributed: Attributed, dataset: Any, start: int, stop: int, *, block_diagonal: bool, batch_size: int) -> Tensor:
     """Rows start..stop of the GGN, or of its diagonal blocks alone, (stop - start, D), in the model's dtype."""
     blocks = attributed.blocks
-    device = next(attributed.model.parameters()).device
-    found = torch.zeros(stop - start, flat.total(blocks), dtype=attributed.dtype, device=device)
+    found = torch.zeros(stop - start, flat.total(blocks), dtype=attributed.dtype, device=attributed.device)
     inside = [
         (span, max(start, span.start), min(stop, span.stop)) for span in flat.spans(blocks) if max(start, span.start) < min(stop, span.stop)
     ]
@@ -73,7 +73,7 @@ def rows(attributed: Attributed, dataset: Any, start: int, stop: int, *, block_d
             columns = list(attributed.problem.likelihood.hessian_columns(tape.precise, batch.targets))
             for k, column in enumerate(columns):
                 pairs = tape.pairs(column.to(tape.outputs.dtype), last=k == len(columns) - 1)
-                found_here = [_gradients(block, each, len(ids)) for block, each in zip(blocks, pairs, strict=True)]
+                found_here = [_gradients(block, each, tape) for block, each in zip(blocks, pairs, strict=True)]
                 gradients = torch.cat(found_here, 1).to(found)
                 if not block_diagonal:
                     found.addmm_(gradients[:, start:stop].T, gradients)
@@ -84,6 +84,6 @@ def rows(attributed: Attributed, dataset: Any, start: int, stop: int, *, block_d
     return found.div_(len(dataset))
 
 
-def _gradients(block: Block, pairs: Sequence[Pair], size: int) -> Tensor:
+def _gradients(block: Block, pairs: Sequence[Pair], tape: Tape) -> Tensor:
     """(batch, size of the block); zeros where this batch does not use it."""
-    return example_gradients(block, pairs).flatten(1) if pairs else torch.zeros(size, block.size)
+    return example_gradients(block, pairs).flatten(1) if pairs else tape.outputs.new_zeros(tape.size, block.size)

@@ -93,7 +93,7 @@ class Operator:
         return found
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.attributed.dtype, device=next(self.attributed.model.parameters()).device)
+        return torch.zeros(shape, dtype=self.attributed.dtype, device=self.attributed.device)
 
     def _units(self, span: range, start: int, stop: int) -> Tensor:
         units = self._zeros(stop - start, len(span))

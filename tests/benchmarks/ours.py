@@ -27,6 +27,7 @@ from tda import sizes
 from tda.attributed import Attributed
 from tda.curvature.fit import fit_factors
 from tda.data import batches
+from tda.device import device_here, named, ready
 from tda.directions import HELD_BYTES, Direction, held, query_gradients
 from tda.methods import EKFAC
 from tda.methods.work import Work
@@ -74,17 +75,23 @@ class CaseProblem(tda.Problem):
         return Examples(inputs, targets)
 
 
-def prepared(case: cases.Case, limit: int | None = None, queries: int | None = None) -> tuple[Attributed, Examples, Examples]:
-    """The case cut into blocks, and its data."""
+def prepared(
+    case: cases.Case, limit: int | None = None, queries: int | None = None, device: str = "cpu"
+) -> tuple[Attributed, Examples, Examples]:
+    """The case cut into blocks on a device, and its data."""
     problem = CaseProblem(case, limit, queries)
     train = problem.train_data()
-    return inspect(problem, problem.model(), train, modules=TRACKED if case.name == "T" else ("*",)), train, problem.query_data()
+    return (
+        inspect(problem, problem.model().to(ready(device_here(device))), train, modules=TRACKED if case.name == "T" else ("*",)),
+        train,
+        problem.query_data(),
+    )
 
 
 def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, float], Tensor]:
     """Fit and score once; seconds and the scores (Q, N)."""
-    attributed, train, queries = prepared(case, options.sequences, options.queries)
-    attributed = replace(attributed, autocast=torch.bfloat16) if options.autocast else attributed
+    attributed, train, queries = prepared(case, options.sequences, options.queries, options.device)
+    attributed = replace(attributed, autocast=getattr(torch, options.autocast)) if options.autocast else attributed
     itemsize = torch.finfo(attributed.dtype).bits // 8
     batch_size = options.batch_size or sizes.batch_size(attributed.blocks, attributed.outputs, itemsize=itemsize)
     scoring = options.scoring_batch or sizes.scoring_batch(
@@ -121,7 +128,7 @@ def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, fl
         return score(attributed, [scorer], train, ids, examples=len(train), **how).influence[0]
 
     if options.warm_up:
-        small, _, few = prepared(case, 4)
+        small, _, few = prepared(case, 4, device=options.device)
         fit_factors(small, Examples(train.inputs[:4], train.targets[:4]), fisher=options.fisher, batch_size=4, products=products)
         query_gradients(small, few, range(2), batch_size=2)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop})
@@ -129,7 +136,11 @@ def measure(case: cases.Case, options: argparse.Namespace) -> tuple[dict[str, fl
     start = peak_rss_mb()
     fit_seconds, factors, fit_gflop = timed(fit, counter if options.count else None)
     score_seconds, found, score_gflop = timed(lambda: scores(factors), counter if options.count else None)
-    seconds = {"fit_seconds": fit_seconds, "score_seconds": score_seconds, "peak_rss_mb": peak_rss_mb(), "start_rss_mb": start}
+    if attributed.device.type == "cuda":
+        found, peak = found.cpu(), {"peak_gpu_mb": torch.cuda.max_memory_allocated() / 1e6}
+    else:
+        peak = {}
+    seconds = peak | {"fit_seconds": fit_seconds, "score_seconds": score_seconds, "peak_rss_mb": peak_rss_mb(), "start_rss_mb": start}
     return seconds | ({"fit_gflop": fit_gflop, "score_gflop": score_gflop} if options.count else {}), found
 
 
@@ -142,6 +153,8 @@ def timed(function: Callable[[], Any], counter: FlopCounterMode | None) -> tuple
     begin, spent = time.perf_counter(), time.process_time()
     if counter is None:
         result = function()
+        if torch.cuda.is_available():  # what was asked for is done, not only begun
+            torch.cuda.synchronize()
         print(f"processor seconds: {time.process_time() - spent:.2f}", file=sys.stderr)
         return time.perf_counter() - begin, result, 0.0
     with counter:
@@ -164,7 +177,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--damping", choices=["heuristic", "fix"], default="heuristic")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--products", choices=["full", "bfloat16"], default="full")
-    parser.add_argument("--autocast", action="store_true", help="layers forwards and backwards in bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--autocast", nargs="?", const="bfloat16", choices=["bfloat16", "float16"], help="layers forwards and backwards in bfloat16"
+    )
     parser.add_argument("--separable", type=float, default=0.0, help="relative error allowed for 1 / (Lambda + lambda) in separable form")
     parser.add_argument("--query-rank", type=int, help="keep each layer's directions in so many terms")
     parser.add_argument("--queries", type=int, help="so many queries: the case's, again and again")
@@ -190,7 +206,7 @@ def main(argv: list[str]) -> None:
         key: getattr(options, key)
         for key in ("case", "threads", "fisher", "damping", "dtype", "products", "separable", "autocast", "query_rank")
     }
-    print(json.dumps({"ours": "tda", **settings, "shape": list(scores.shape), **measured}))
+    print(json.dumps({"ours": "tda", "device": named(options.device), **settings, "shape": list(scores.shape), **measured}))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Positions(nn.Module):
         self.token, self.position, self.out = nn.Embedding(VOCABULARY, 4), nn.Embedding(TOKENS, 4), nn.Linear(4, 3)
 
     def forward(self, x):
-        return self.out(torch.tanh(self.token(x) + self.position(torch.arange(x.shape[1])[None])).mean(1))
+        return self.out(torch.tanh(self.token(x) + self.position(torch.arange(x.shape[1], device=x.device)[None])).mean(1))
 
 
 class Pooled(nn.Module):
