@@ -91,20 +91,20 @@ def test_a_run_on_s3_has_the_bytes_of_one_on_disk_and_is_reused(
 
 def test_one_row_of_influence_on_s3_is_read_without_the_rest(config: Path, bucket: str, workers: str, fetched: list[int]) -> None:
     large = (
-        "problem_options={examples=2000, queries=64}",
-        "shard_size=250",
-        "query_block=8",
+        "problem_options={examples=1000, queries=64}",
+        "shard_size=125",
+        "query_block=16",
         'methods=[{name="graddot"}, {name="gradcos"}]',
     )
     _, run = attribute(config, f"{bucket}/store", workers, *large)
     whole = S3FileSystem().du(f"{run.url}/results.zarr".removeprefix("s3://"))
-    assert whole > 750_000
+    assert whole > 400_000
     forget_s3()
     del fetched[:]
     row = tda.open_run(f"{bucket}/store").influence.loc["gradcos", 17].values
-    assert row.shape == (2000,)
-    # Eight chunks of one method, eight queries and 250 examples, the coordinates and the metadata.
-    assert sum(fetched) < 8 * 8 * 250 * 4 + 64_000
+    assert row.shape == (1000,)
+    # Eight chunks of one method, sixteen queries and 125 examples, the coordinates and the metadata.
+    assert sum(fetched) < 8 * 16 * 125 * 4 + 64_000
     assert len(fetched) < 20
 
 
