@@ -41,9 +41,9 @@ check: .venv/.dev ## lint, and known vulnerabilities in what is depended on; say
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m tests.audit
 
-unit: .venv/.dev ## the tests alone: the mathematics on all cores, one test each, then what starts clusters and servers of its own
+unit: .venv/.dev ## the tests alone: the mathematics on all cores, one test each, then what starts clusters and servers, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "pure and not soak"
-	$(BIN)/python -m pytest -m "not pure and not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not pure and not soak"
 
 # What the benchmarks compare with lives apart, so that it can never be imported by accident.
 .venv-peers/.done: pyproject.toml constraints.txt | .venv/.run

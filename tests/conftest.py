@@ -17,24 +17,36 @@ RGW_PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what may run beside others: the mathematics, which starts no server and no cluster."""
+    """Mark the mathematics, which starts no server and no cluster; and of the rest, what one process runs, since it shares what it starts.
+
+    That is a file, whose fixtures are for all its tests; and all that needs the real S3 server, which takes long to start.
+    """
     for item in items:
-        if "tda" in item.path.relative_to(item.config.rootpath).parts and item.get_closest_marker("s3") is None:
+        path, real = item.path.relative_to(item.config.rootpath), item.get_closest_marker("s3") is not None
+        if "tda" in path.parts and not real:
             item.add_marker("pure")
+        elif item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group("s3" if real else str(path)))
 
 
 @pytest.fixture
-def moto_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def moto_s3(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of an empty bucket on moto's server: quick, right about conditional writes, but it checks no credentials."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # where Prefect is imported, it would print each request
+    use_s3(monkeypatch, moto_server)
+    yield new_bucket()
+    forget_s3()
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[str]:
+    """The endpoint of moto's server, in this process, for the test session."""
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # where Prefect is imported, it would print each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    use_s3(monkeypatch, f"http://{host}:{port}")
-    yield new_bucket()
-    forget_s3()
+    yield f"http://{host}:{port}"
     server.stop()
 
 
@@ -49,11 +61,8 @@ def rgw_s3(rgw_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def rgw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The endpoint of a Ceph radosgw that lives as long as the test session."""
-    missing = [program for program in RGW_PROGRAMS if shutil.which(program) is None]
-    if missing:
-        pytest.skip(f"no real S3 server: {', '.join(missing)} not installed (Debian: ceph-mon ceph-osd ceph-common radosgw)")
-    if os.geteuid() != 0:
-        pytest.skip("no real S3 server: Ceph's daemons need root")
+    if no_rgw():
+        pytest.skip(f"no real S3 server: {no_rgw()}")
     folder = tmp_path_factory.mktemp("rgw")
     port, monitor_port = free_ports(2)
     script = Path(__file__).with_name("rgw_up.sh")
@@ -66,6 +75,14 @@ def rgw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         stop_daemons(folder)
+
+
+def no_rgw() -> str:
+    """Why there can be no radosgw here; empty where there can."""
+    missing = [program for program in RGW_PROGRAMS if shutil.which(program) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (Debian: ceph-mon ceph-osd ceph-common radosgw)"
+    return "" if os.geteuid() == 0 else "Ceph's daemons need root"
 
 
 def use_s3(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.stats import rankdata
 
 from tda.errors import InputError
 from tda.evaluation.lds import Interval, interval, spearman, truth
@@ -74,6 +73,8 @@ def _root(halves: np.ndarray, seeds: int) -> np.ndarray:
 
 def _weighted(one: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Rank correlation (draw, query) of (query, subset) with weights (draw, subset) that sum to 1; ranks are those of all subsets."""
+    from scipy.stats import rankdata  # half a second, which no process pays that ranks nothing
+
     a, b = (rankdata(values, axis=-1).T / values.shape[-1] - 0.5 for values in (one, other))
     mean_a, mean_b = weights @ a, weights @ b
     spread = np.sqrt((weights @ (a * a) - mean_a**2).clip(0) * (weights @ (b * b) - mean_b**2).clip(0))

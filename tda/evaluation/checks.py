@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import rankdata
 
 from tda.evaluation.lds import Interval, spearman
 from tda.results import ranking
@@ -39,6 +38,8 @@ def detect(own: np.ndarray, wrong: np.ndarray, inspected: np.ndarray, *, draws: 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """Area under the ROC curve along the last axis: how often a positive (..., p) exceeds a negative (..., n), ties counting half."""
+    from scipy.stats import rankdata  # half a second, which no process pays that ranks nothing
+
     count = positive.shape[-1]
     ranks = rankdata(np.concatenate([positive, negative], -1), axis=-1)[..., :count].sum(-1)
     found: np.ndarray = (ranks - count * (count + 1) / 2) / (count * negative.shape[-1])

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 from tda.errors import InputError
 
@@ -77,6 +76,8 @@ def lds(influence: np.ndarray, masks: np.ndarray, measurement: np.ndarray) -> np
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Rank correlation along the last axis, ties sharing their mean rank; 0 where either side is constant. Broadcasts."""
+    from scipy.stats import rankdata  # half a second, which no process pays that ranks nothing
+
     return _pearson(rankdata(a, axis=-1), rankdata(b, axis=-1))
 
 

@@ -14,9 +14,6 @@ from dataclasses import dataclass, field, replace
 from math import ceil, inf, isfinite, log10, nan, sqrt
 
 import numpy as np
-from scipy.fft import irfft, next_fast_len, rfft
-from scipy.special import ndtri
-from scipy.stats import rankdata
 
 from tda.errors import InputError
 from tda.sampling.covariance import BATCHES
@@ -170,6 +167,9 @@ def _folded(x: np.ndarray) -> np.ndarray:
 
 def _scores(x: np.ndarray) -> np.ndarray:
     """Normal scores of the ranks over all chains, ties sharing their mean rank."""
+    from scipy.special import ndtri
+    from scipy.stats import rankdata  # half a second, which no process pays that samples nothing
+
     count = x.shape[0] * x.shape[1]
     ranks = rankdata(x.reshape(count, -1), axis=0)
     scores: np.ndarray = ndtri((ranks - 0.375) / (count + 0.25)).reshape(x.shape)
@@ -202,6 +202,8 @@ def _effective(z: np.ndarray) -> np.ndarray:
 
 def _autocovariance(z: np.ndarray) -> np.ndarray:
     """Of each chain by itself, at every lag, divided by the number of draws: (chain, draw, k) -> (chain, lag, k)."""
+    from scipy.fft import irfft, next_fast_len, rfft
+
     draws = z.shape[1]
     size = next_fast_len(2 * draws)
     spectrum = rfft(z - z.mean(1, keepdims=True), size, axis=1)

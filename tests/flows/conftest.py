@@ -37,16 +37,17 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 def cluster(prefect_api: None, tls: Tls) -> Iterator[str]:
     """Two workers that stay; the override that makes a run use them."""
     with open_cluster(ClusterSpec(workers=2, tls=tls)) as client:
-        yield _override(client, tls)
+        yield at_address(client, tls)
 
 
 @pytest.fixture(scope="session")
 def single(prefect_api: None, tls: Tls) -> Iterator[str]:
     """One worker that stays; the override that makes a run use it."""
     with open_cluster(ClusterSpec(workers=1, tls=tls)) as client:
-        yield _override(client, tls)
+        yield at_address(client, tls)
 
 
-def _override(client: Client, tls: Tls) -> str:
+def at_address(client: Client, tls: Tls) -> str:
+    """The override that makes a run use a cluster."""
     files = f'{{ca="{tls.ca}", cert="{tls.cert}", key="{tls.key}"}}'
     return f'cluster={{kind="address", address="{client.scheduler.address}", tls={files}}}'

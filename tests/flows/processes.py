@@ -5,12 +5,46 @@ import os
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import dask
 
 _PRELOADED = ["flows.attribute", "flows.cli", "distributed.cli.dask_worker", "distributed.cli.dask_scheduler", "tests.flows.processes"]
+
+
+@dataclass(frozen=True)
+class Forked:
+    """The command `tda` with this process's environment, used as `tests.flows.runs.command` is; its output and errors are one text."""
+
+    process: BaseProcess
+    log: Path
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait until it has ended: what it printed, twice."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.log.read_text()}"
+        return (self.log.read_text(),) * 2
+
+
+def forked(log: Path, *arguments: object) -> Forked:
+    """`tda` with arguments, which prints into a file of its own.
+
+    Where a test asks how a command starts, ends or what it leaves behind, take `tests.flows.runs.command`.
+    """
+    log.write_text("")
+    return Forked(started(log, dict(os.environ), "tda", *map(str, arguments)), log)
 
 
 def started(log: Path, environment: dict[str, str], *arguments: str) -> BaseProcess:

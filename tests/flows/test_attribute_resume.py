@@ -5,15 +5,18 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import tda
+from flows import cli
 from flows.attribute import RunFailed
 from tda.errors import InputError
 from tda.results import Run
+from tests.flows.processes import forked
 from tests.flows.runs import (
     CONFIG,
     attribute,
@@ -29,7 +32,7 @@ from tests.flows.runs import (
     written,
 )
 
-LOCAL = '[cluster]\nworkers = 2\nmemory_limit = "2GB"\n'
+LOCAL = '[cluster]\nworkers = 1\nmemory_limit = "2GB"\n'
 
 
 @pytest.fixture
@@ -46,23 +49,38 @@ def config(tmp_path: Path, traps: Path) -> Path:
     return write_config(tmp_path / "config", text + LOCAL)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Traps are not part of the bytes: one run for all tests."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return attribute(write_config(folder / "config"), f"{folder}/store", cluster)[1]
+
+
 @pytest.fixture
-def undisturbed(config: Path, cluster: str, tmp_path: Path) -> Run:
-    return attribute(config, f"{tmp_path}/undisturbed", cluster)[1]
+def again(config: Path, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]) -> Callable[[], tuple[str, str]]:
+    """The same command once more, in this process and on workers that stay; it has to end well. What it printed."""
+
+    def run() -> tuple[str, str]:
+        capsys.readouterr()
+        status = cli.status(["run", str(config), "--store", str(tmp_path / "store"), "--set", cluster])
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        return printed.out, printed.err
+
+    return run
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(15, marks=pytest.mark.soak)])
 def test_killed_again_and_again_a_run_ends_under_its_first_id_with_the_same_bytes(
-    config: Path, undisturbed: Run, traps: Path, tmp_path: Path, prefect_api: None, kills: int
+    config: Path, undisturbed: Run, again: Callable[[], tuple[str, str]], tmp_path: Path, kills: int
 ) -> None:
     store, rng = tmp_path / "store", random.Random(0)  # noqa: S311
-    whole = written(tmp_path / "undisturbed")
-    (traps / "reads.log").unlink()
+    whole = len(objects(undisturbed.store))
     ids: set[str] = set()
     for kill in range(kills):
         # Each a little further: at once, then between any two objects that a run writes.
         target = written(store) + rng.randrange(1, max(2, 2 * whole // kills)) if store.exists() else 1
-        process = command("run", config, "--store", store, marker=str(tmp_path), own_api=kill == 1)
+        process = command("run", config, "--store", store, "--set", "cluster.workers=2", marker=str(tmp_path), own_api=kill == 1)
         wait_until(lambda target=target, process=process: written(store) >= target or process.poll() is not None)  # type: ignore[misc]
         process.kill()
         process.communicate()
@@ -70,8 +88,7 @@ def test_killed_again_and_again_a_run_ends_under_its_first_id_with_the_same_byte
         wait_until(lambda: not left_behind(str(tmp_path)), seconds=20)
     for folder in (*store.glob("runs/*"), *store.glob("artifacts/factors/*/partial")):
         (folder / ".0.0a1b2c.partial").touch()  # as a writer leaves it that is killed at the wrong moment
-    status, out, err = finished(command("run", config, "--store", store))
-    assert status == 0, err
+    out, _ = again()
     assert not list(store.rglob("*.partial"))
     ids |= set(manifests(store))
     assert len(ids) == 1, "every try took up the same run"
@@ -81,11 +98,11 @@ def test_killed_again_and_again_a_run_ends_under_its_first_id_with_the_same_byte
 
 
 def test_a_killed_run_does_not_redo_the_shards_that_it_had_finished(
-    config: Path, traps: Path, tmp_path: Path, undisturbed: Run, prefect_api: None
+    config: Path, traps: Path, tmp_path: Path, undisturbed: Run, again: Callable[[], tuple[str, str]], cluster: str
 ) -> None:
     store = tmp_path / "store"
     (traps / "slow").touch()
-    process = command("run", config, "--store", store)
+    process = forked(tmp_path / "run.log", "run", config, "--store", store, "--set", cluster)
     wait_until(lambda: len(list(store.glob("runs/*/receipts/scores/*.json"))) >= 5, process, seconds=120)
     process.kill()
     process.communicate()
@@ -94,23 +111,22 @@ def test_a_killed_run_does_not_redo_the_shards_that_it_had_finished(
     done = {int(file.name[:6]) for file in receipts if file.name.endswith("-000000.json")}
     time.sleep(0.5)  # a worker in the middle of a shard may still finish it
     (traps / "reads.log").unlink()
-    status, _, err = finished(command("run", config, "--store", store))
-    assert status == 0, err
+    _, err = again()
     assert "resuming run" in err
     assert "covariances" not in err, "no fit"
     assert {file: file.stat().st_mtime_ns for file in receipts} == receipts
-    again = set(reads(traps))
-    assert again
+    read = set(reads(traps))
+    assert read
     blocks = 2
     finished_shards = {shard for shard in done if sum(file.name.startswith(f"{shard:06d}") for file in receipts) == blocks}
     # Example 0 is read when a model is opened.
-    assert not {example // 2 for example in again - {0}} & finished_shards
+    assert not {example // 2 for example in read - {0}} & finished_shards
     assert digests(tda.open_run(store)) == digests(undisturbed)
 
 
-def test_two_runs_of_one_configuration_at_once_both_end_well(config: Path, undisturbed: Run, tmp_path: Path, prefect_api: None) -> None:
+def test_two_runs_of_one_configuration_at_once_both_end_well(config: Path, undisturbed: Run, tmp_path: Path, cluster: str) -> None:
     store = tmp_path / "store"
-    both = [command("run", config, "--store", store, "--set", "cluster.workers=1") for _ in range(2)]
+    both = [forked(tmp_path / f"run-{i}.log", "run", config, "--store", store, "--set", cluster) for i in range(2)]
     for status, _, err in map(finished, both):
         assert status == 0, err
     for run in manifests(store):
@@ -128,7 +144,7 @@ def test_a_worker_that_dies_in_a_shard_costs_nothing_but_time(
 
 
 def test_a_shard_that_always_fails_ends_the_run_with_one_line_and_the_way_on(
-    config: Path, undisturbed: Run, traps: Path, tmp_path: Path, prefect_api: None
+    config: Path, undisturbed: Run, traps: Path, tmp_path: Path, cluster: str
 ) -> None:
     store = tmp_path / "store"
     (traps / "fail-9").touch()
@@ -145,8 +161,7 @@ def test_a_shard_that_always_fails_ends_the_run_with_one_line_and_the_way_on(
     (traps / "fail-9").unlink()
     resume = told[0].split("`")[1].split()
     assert resume[:2] == ["tda", "run"]
-    status, _, err = finished(command(*resume[1:]))
-    assert status == 0, err
+    assert cli.status([*resume[1:], "--set", cluster]) == 0
     assert digests(tda.open_run(store)) == digests(undisturbed)
 
 
@@ -178,14 +193,19 @@ def test_ctrl_c_ends_a_run_with_one_line_no_orphans_and_the_same_command_resumes
     store = tmp_path / "store"
     (traps / "slow").touch()
     process = command("run", config, "--store", store, marker=str(tmp_path), own_api=True, start_new_session=True)
-    wait_until(lambda: len(list(store.glob("artifacts/factors/*/partial/covariance/000000/0/*"))) >= 2, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
-    begin = time.monotonic()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(6)
-    if process.poll() is None:  # Python drops an interrupt that meets a finaliser; a user presses again
-        os.killpg(process.pid, signal.SIGINT)
-    status, _, err = finished(process, timeout=30)
+    try:
+        wait_until(lambda: len(list(store.glob("artifacts/factors/*/partial/covariance/000000/0/*"))) >= 2, process, seconds=120)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+        begin = time.monotonic()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(6)
+        if process.poll() is None:  # Python drops an interrupt that meets a finaliser; a user presses again
+            os.killpg(process.pid, signal.SIGINT)
+        status, _, err = finished(process, timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     assert status == 130
     assert time.monotonic() - begin < 20
     told = [line for line in err.splitlines() if not line.endswith(" done")]

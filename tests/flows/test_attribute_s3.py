@@ -1,29 +1,58 @@
-"""Whole runs on object storage: quick on moto's server, and on a real one (Ceph radosgw), also when killed."""
+"""Whole runs on object storage, also when killed: on a real server (Ceph radosgw) where there is one, else on moto's."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from s3fs import S3FileSystem
 
 import tda
+from flows import cli
+from infra.cluster import ClusterSpec, open_cluster
+from infra.cluster_spec import Tls
 from tda import location
 from tda.results import Run
 from tda.s3 import PatientS3
-from tests.conftest import forget_s3
-from tests.flows.runs import CONFIG, attribute, command, digests, finished, write_config
+from tests.conftest import forget_s3, new_bucket, no_rgw, use_s3
+from tests.flows.conftest import at_address
+from tests.flows.processes import forked
+from tests.flows.runs import CONFIG, attribute, digests, wait_until, write_config
+
+pytestmark = pytest.mark.xdist_group("s3")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = CONFIG.replace("shard_size = 2", "shard_size = 8").replace("query_block = 3", "")
+    return write_config(tmp_path_factory.mktemp("config"), text)
+
+
+@pytest.fixture(scope="module")
+def on_disk(config: Path, single: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return attribute(config, f"{tmp_path_factory.mktemp('on-disk')}/store", single)[1]
+
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue("moto_server" if no_rgw() else "rgw_server")
+
+
+@pytest.fixture(scope="module")
+def workers(server: str, prefect_api: None, tls: Tls) -> Iterator[str]:
+    """A worker that knows the server from its environment alone; the override that makes a run use it."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_s3(patch, server)
+        with open_cluster(ClusterSpec(workers=1, tls=tls)) as client:
+            yield at_address(client, tls)
+    forget_s3()
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    return write_config(
-        tmp_path / "config", CONFIG.replace("shard_size = 2", "shard_size = 8").replace("query_block = 3", "") + "[cluster]\nworkers = 1\n"
-    )
-
-
-@pytest.fixture
-def on_disk(config: Path, cluster: str, tmp_path: Path) -> Run:
-    return attribute(config, f"{tmp_path}/store", cluster)[1]
+def bucket(workers: str, server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    use_s3(monkeypatch, server)
+    yield new_bucket()
+    forget_s3()
 
 
 @pytest.fixture
@@ -41,77 +70,57 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def proved(config: Path, bucket: str, on_disk: Run, capsys: pytest.CaptureFixture[str]) -> str:
-    """A run on S3 and a second one that reuses it, both by workers that know S3 from the environment alone; the store's URL."""
+def test_a_run_on_s3_has_the_bytes_of_one_on_disk_and_is_reused(
+    config: Path, on_disk: Run, bucket: str, workers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = f"{bucket}/team/store"
-    _, run = attribute(config, store)
+    _, run = attribute(config, store, workers)
     assert digests(run) == digests(on_disk)
     assert tda.list_runs(store)["complete"].tolist() == [True]
     assert not [
         name for name in location.list_names(f"{store}/artifacts/factors") if location.exists(f"{store}/artifacts/factors/{name}/partial")
     ]
-    summary, again = attribute(config, store)
+    summary, again = attribute(config, store, workers)
     assert summary.reused == ["checkpoint", "factors (sampled)", "factors (exact)", "directions"]
     assert digests(again) == digests(on_disk)
     assert len(tda.list_runs(store)) == 2
     for word in ("testkey", "testsecret"):
         assert word not in location.read_bytes(f"{run.url}/run.json").decode() + location.read_bytes(f"{run.url}/report.html").decode()
         assert word not in "".join(capsys.readouterr())
-    return store
 
 
-def test_a_run_on_s3_has_the_bytes_of_one_on_disk_and_is_reused(
-    config: Path, on_disk: Run, moto_s3: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    proved(config, moto_s3, on_disk, capsys)
-
-
-@pytest.mark.s3
-def test_a_run_on_a_real_s3_server_has_the_bytes_of_one_on_disk_and_is_reused(
-    config: Path, on_disk: Run, rgw_s3: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    proved(config, rgw_s3, on_disk, capsys)
-
-
-@pytest.mark.s3
-def test_one_row_of_influence_on_a_real_s3_server_is_read_without_the_rest(
-    config: Path, cluster: str, rgw_s3: str, tmp_path: Path, fetched: list[int]
-) -> None:
+def test_one_row_of_influence_on_s3_is_read_without_the_rest(config: Path, bucket: str, workers: str, fetched: list[int]) -> None:
     large = (
-        "problem_options={examples=4000, queries=64}",
-        "shard_size=500",
-        "query_block=8",
+        "problem_options={examples=1000, queries=64}",
+        "shard_size=125",
+        "query_block=16",
         'methods=[{name="graddot"}, {name="gradcos"}]',
     )
-    _, run = attribute(config, f"{rgw_s3}/store", "cluster.workers=1", *large)
+    _, run = attribute(config, f"{bucket}/store", workers, *large)
     whole = S3FileSystem().du(f"{run.url}/results.zarr".removeprefix("s3://"))
-    assert whole > 1_500_000
+    assert whole > 400_000
     forget_s3()
     del fetched[:]
-    row = tda.open_run(f"{rgw_s3}/store").influence.loc["gradcos", 17].values
-    assert row.shape == (4000,)
-    # Eight chunks of one method, eight queries and 500 examples, the coordinates and the metadata.
-    assert sum(fetched) < 8 * 8 * 500 * 4 + 64_000
+    row = tda.open_run(f"{bucket}/store").influence.loc["gradcos", 17].values
+    assert row.shape == (1000,)
+    # Eight chunks of one method, sixteen queries and 125 examples, the coordinates and the metadata.
+    assert sum(fetched) < 8 * 16 * 125 * 4 + 64_000
     assert len(fetched) < 20
 
 
-@pytest.mark.s3
-def test_a_run_killed_on_a_real_s3_server_is_resumed_with_the_same_bytes(
-    config: Path, on_disk: Run, rgw_s3: str, prefect_api: None
+def test_a_run_killed_on_s3_is_resumed_with_the_same_bytes(
+    config: Path, on_disk: Run, bucket: str, workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store, fs = f"{rgw_s3}/store", S3FileSystem(use_listings_cache=False)
+    store, fs = f"{bucket}/store", S3FileSystem(use_listings_cache=False)
+    words = ("run", str(config), "--store", store, "--set", workers)
     for target in (4, 18, 40):
-        process = command("run", config, "--store", store)
-        end = time.monotonic() + 60
-        while process.poll() is None and len(fs.find(store)) < target:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        process = forked(tmp_path / "run.log", *words)
+        wait_until(lambda target=target, process=process: process.poll() is not None or len(fs.find(store)) >= target)  # type: ignore[misc]
         process.kill()
         process.communicate()
-    time.sleep(1)  # what the orphaned workers still have in hand
-    status, _, err = finished(command("run", config, "--store", store))
-    assert status == 0, err
+    time.sleep(1)  # what the workers still have in hand
+    assert cli.status(list(words)) == 0, capsys.readouterr().err
     assert len(tda.list_runs(store)) == 1
     assert digests(tda.open_run(store)) == digests(on_disk)
-    uploads = fs.call_s3("list_multipart_uploads", Bucket=rgw_s3.removeprefix("s3://"))
+    uploads = fs.call_s3("list_multipart_uploads", Bucket=bucket.removeprefix("s3://"))
     assert not uploads.get("Uploads"), "nothing dangles"

@@ -11,7 +11,8 @@ import tda
 from flows import cli
 from tasks.uses import OF_PLANS, names_of_run
 from tda.results import NotStored, Run, list_runs, open_run
-from tests.flows.runs import PROBLEM, attribute, command, finished, objects, wait_until, write_config
+from tests.flows.processes import forked
+from tests.flows.runs import PROBLEM, attribute, objects, wait_until, write_config
 from tests.tda import language_models as tiny
 
 SPOKEN = (
@@ -211,19 +212,20 @@ def test_the_example_of_the_page_runs(tmp_path: Path, single: str) -> None:
 
 
 @pytest.mark.soak
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, prefect_api: None, single: str) -> None:
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, single: str, capsys: pytest.CaptureFixture[str]) -> None:
     traps = tmp_path / "traps"
     traps.mkdir()
     file = config(tmp_path / "config", text=KILLED.replace("TRAPS", str(traps)))
     (traps / "slow").touch()
     store = tmp_path / "store"
-    process = command("run", file, "--store", store)
+    words = ("run", str(file), "--store", str(store), "--set", single)
+    process = forked(tmp_path / "run.log", *words)
     wait_until(lambda: len(list(store.glob("runs/*/receipts/pieces/*.json"))) >= 3, process, seconds=120)
     process.kill()
     process.communicate()
     (traps / "slow").unlink()
     receipts = {each: each.stat().st_mtime_ns for each in store.glob("runs/*/receipts/pieces/*.json")}
-    status, _, err = finished(command("run", file, "--store", store))
+    status, err = cli.status(list(words)), capsys.readouterr().err
     assert status == 0, err
     assert "resuming run" in err
     assert {each: each.stat().st_mtime_ns for each in receipts} == receipts

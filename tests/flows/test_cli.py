@@ -1,9 +1,9 @@
 """The command line: what it prints, and the exit status that a scheduler sees."""
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -200,14 +200,17 @@ def test_help_is_quick_and_a_slip_is_told_before_prefect_is_imported(tmp_path: P
     (tmp_path / "run.toml").write_text("metods = 1\n" + CONFIG)
     code = "import sys; from flows import cli; code = cli.status({}); assert not {} & set(sys.modules); sys.exit(code)"
 
+    def used() -> float:
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+
     def python(arguments: list[str], unwanted: set[str]) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code.format(arguments, unwanted)]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
         return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
 
-    begin = time.monotonic()
+    begin = used()
     told = python(["--help"], {"prefect", "torch", "zarr", "distributed"})
-    assert time.monotonic() - begin < 5  # under 1 s on an idle machine
+    assert used() - begin < 2  # it takes 0.3 s of a processor, however busy the machine
     assert told.returncode == 0, told.stderr
     for command in ("run", "runs", "show", "top", "report", "doctor"):
         assert command in told.stdout

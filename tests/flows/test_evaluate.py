@@ -24,7 +24,8 @@ from tda.evaluation.ceiling import mean_ceiling
 from tda.evaluation.lds import lds
 from tda.evaluation.subsets import tuning
 from tda.problem import load_problem
-from tests.flows.runs import attribute, command, finished, left_behind, objects, wait_until, write_config, written
+from tests.flows.processes import forked
+from tests.flows.runs import attribute, objects, wait_until, write_config, written
 
 # 30 examples in three classes, 8 queries, trained in milliseconds and many at once; a fifth of the labels is wrong.
 PROBLEM = """
@@ -202,21 +203,21 @@ def test_the_page_is_one_file_that_asks_for_nothing(done) -> None:
 
 @pytest.mark.browser
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: install Debian's package of that name")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_fits_and_is_silent(done, width) -> None:
+def test_the_page_fits_and_is_silent(done) -> None:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": width, "height": 844})
-        complaints, requests = [], []
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.goto(f"{done[0].url}/report.html")
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        assert complaints == []
-        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
-        assert tab.locator(".forest .dot").count() == 4, "two alphas, two methods"
+        for width in (390, 1280):
+            tab = browser.new_page(viewport={"width": width, "height": 844})
+            complaints, requests = [], []
+            tab.on("console", lambda message, into=complaints: into.append(message.text))
+            tab.on("request", lambda request, into=requests: into.append(request.url))
+            tab.goto(f"{done[0].url}/report.html")
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            assert complaints == []
+            assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+            assert tab.locator(".forest .dot").count() == 4, "two alphas, two methods"
         browser.close()
 
 
@@ -255,20 +256,19 @@ def test_ridge_regression_is_known_exactly(tmp_path: Path, cluster: str) -> None
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.soak)])
-def test_killed_again_and_again_it_ends_with_the_same_table(config, done, tmp_path, prefect_api, kills) -> None:
+def test_killed_again_and_again_it_ends_with_the_same_table(config, done, tmp_path, cluster, capsys, kills) -> None:
     store, rng = tmp_path / "store", random.Random(1)  # noqa: S311
-    whole = len(objects(done[0].store))
+    whole, words = len(objects(done[0].store)), ("evaluate", str(config), "--store", str(store), "--set", cluster)
     for _ in range(kills):
         target = written(store) + rng.randrange(1, max(2, whole // kills))
-        process = command("evaluate", config, "--store", store, marker=str(tmp_path))
+        process = forked(tmp_path / "run.log", *words)
         try:
             wait_until(lambda target=target, process=process: written(store) >= target or process.poll() is not None, seconds=120)
         finally:
             process.kill()
             process.communicate()
-        wait_until(lambda: not left_behind(str(tmp_path)), seconds=20)
-    status, out, err = finished(command("evaluate", config, "--store", store), 200)
-    assert status == 0, err
+    assert cli.status(list(words)) == 0
+    out = capsys.readouterr().out
     assert "LDS over 10 subsets of 50% x 4 models" in out
     run = tda.open_run(f"file://{store}")
     assert table(f"{run.url}/evaluation/{run.evaluation.attrs['folder']}") == table(done[0].url)

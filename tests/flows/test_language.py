@@ -102,14 +102,14 @@ def test_bad_data_end_the_examination_in_one_line(config):
     assert "\n" not in str(error.value)
 
 
-def test_a_run_notes_what_is_silent_and_tells_what_each_token_adds_to_a_score(config):
+def test_a_run_notes_what_is_silent_and_tells_what_each_token_adds_to_a_score(config, single):
     tiny.lines(config.parent / "train.jsonl", [*tiny.TEXTS, {"prompt": "the cat", "completion": ""}])
     more = (
-        '[cluster]\nworkers = 1\n[[methods]]\nname = "ekfac"\nfisher = "empirical"\ndamping = [1e-3, 1e-2]\n',
+        '[[methods]]\nname = "ekfac"\nfisher = "empirical"\ndamping = [1e-3, 1e-2]\n',
         'modules = ["mlp", "attention", "*.ln_2"]',
     )
     config.write_text(CONFIG.replace('modules = ["mlp"]', more[1]) + more[0])
-    assert status(["run", str(config), "--store", f"file:{config.parent / 'store'}"]) == 0
+    assert status(["run", str(config), "--store", f"file:{config.parent / 'store'}", "--set", single]) == 0
     run = tda.open_run(config.parent / "store")
     assert "1 training examples have no labelled token, so their scores are 0: 5" in run.manifest["notes"]
     assert (run.influence[:, :, 5] == 0).all()
@@ -157,10 +157,10 @@ SHORTER = [
 
 
 @pytest.mark.parametrize(("option", "method"), SHORTER)
-def test_parts_of_tokens_sum_to_scores_that_were_computed_in_bfloat16(config, option, method):
-    text = option + CONFIG.replace('dtype = "float64"\n', "") + f"[[methods]]\n{method}\n[cluster]\nworkers = 1\n"
+def test_parts_of_tokens_sum_to_scores_that_were_computed_in_bfloat16(config, single, option, method):
+    text = option + CONFIG.replace('dtype = "float64"\n', "") + f"[[methods]]\n{method}\n"
     config.write_text(text)
-    assert status(["run", str(config), "--store", f"file:{config.parent / 'store'}"]) == 0
+    assert status(["run", str(config), "--store", f"file:{config.parent / 'store'}", "--set", single]) == 0
     run = tda.open_run(config.parent / "store")
     title = run.methods[1]
     found, wanted = run.token_influence(1, [0, 4, 2], title).sum("train_token").values, run.influence.sel(method=title)[1, [0, 4, 2]].values
@@ -200,10 +200,10 @@ damping = 0.1
 """
 
 
-def test_a_run_in_batches_of_tokens_and_a_low_rank_gives_the_full_scores_and_states_what_the_rank_loses(config):
+def test_a_run_in_batches_of_tokens_and_a_low_rank_gives_the_full_scores_and_states_what_the_rank_loses(config, single):
     text = CONFIG.partition("[[methods]]")[0]
     config.write_text(text.replace("[problem_options]", "batch_tokens = 15\n[problem_options]") + SHORT)
-    assert status(["run", str(config)]) == 0
+    assert status(["run", str(config), "--set", single]) == 0
     run, problem = tda.open_run("file:./store"), open_subject(request_of(load_config(config)).subject).attributed.problem
     attributed = open_subject(request_of(load_config(config)).subject).attributed
     wanted = attribute(problem, [{"name": "ekfac", "fisher": "empirical", "damping": 0.1}], attributed=attributed, batch_size=1)

@@ -19,7 +19,8 @@ from tda.modules import inspect
 from tda.problem import load_problem
 from tda.results import NotStored
 from tda.scoring import Scorer, score
-from tests.flows.runs import PROBLEM, attribute, command, finished, objects, wait_until, write_config
+from tests.flows.processes import forked
+from tests.flows.runs import PROBLEM, attribute, objects, wait_until, write_config
 
 STAGES = (
     PROBLEM
@@ -204,15 +205,15 @@ def test_a_new_head_takes_no_part_in_the_chain_where_that_is_allowed(tmp_path: P
 
 
 def test_killed_in_a_stage_the_same_command_ends_the_run_with_the_same_bytes(
-    undisturbed: tuple[Path, tda.results.Run], tmp_path: Path, single: str, prefect_api: None
+    undisturbed: tuple[Path, tda.results.Run], tmp_path: Path, single: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (file, whole), store = undisturbed, tmp_path / "store"
-    process = command("run", file, "--store", store, "--set", single)
+    words = ("run", str(file), "--store", str(store), "--set", single)
+    process = forked(tmp_path / "run.log", *words)
     wait_until(lambda: len(list(store.glob("runs/*/stages/pretraining/receipts/scores/*"))) >= 1 or process.poll() is not None, seconds=120)
     process.kill()
     process.communicate()
-    status, _, err = finished(command("run", file, "--store", store, "--set", single))
-    assert status == 0, err
+    assert cli.status(list(words)) == 0, capsys.readouterr().err
     run = tda.open_run(str(store))
     for where in ("results.zarr", "stages/pretraining/results.zarr"):
         first, second = ({n: data.replace(r.id.encode(), b"") for n, data in objects(f"{r.url}/{where}").items()} for r in (whole, run))

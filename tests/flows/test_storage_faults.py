@@ -20,15 +20,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDA_STORAGE_TIMEOUT", "0.4")
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = CONFIG.replace("shard_size = 2", "shard_size = 8").replace("query_block = 3", "")
-    return write_config(tmp_path / "config", text + "[cluster]\nworkers = 1\n")
+    return write_config(tmp_path_factory.mktemp("config"), text + "[cluster]\nworkers = 1\n")
 
 
-@pytest.fixture
-def on_disk(config: Path, cluster: str, tmp_path: Path) -> Run:
-    return attribute(config, f"{tmp_path}/store", cluster)[1]
+@pytest.fixture(scope="module")
+def on_disk(config: Path, single: str) -> Run:
+    return attribute(config, f"{config.parent}/store", single)[1]
 
 
 def disturbed(config: Path, bucket: str, on_disk: Run, monkeypatch: pytest.MonkeyPatch, rate: float, seed: int) -> None:

@@ -10,21 +10,25 @@ import pytest
 
 import tda
 from flows.attribute import RunFailed
+from infra.cluster import ClusterSpec, open_cluster
+from infra.cluster_spec import Tls
 from tests.conftest import use_s3
 from tests.faulty_proxy import proxied
+from tests.flows.conftest import at_address
 from tests.flows.runs import CONFIG, attribute, digests, write_config, written
 
 SMALL = 300
+GONE = r"(cannot be reached|no answer from S3|[Cc]onnection).*kept in s3://.*resumes it"
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    return write_config(tmp_path / "config", CONFIG.replace("shard_size = 2", "shard_size = 8"))
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"), CONFIG.replace("shard_size = 2", "shard_size = 8"))
 
 
-@pytest.fixture
-def undisturbed(config: Path, single: str, tmp_path: Path) -> dict[str, str]:
-    return digests(attribute(config, f"{tmp_path}/undisturbed", single)[1])
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, single: str) -> dict[str, str]:
+    return digests(attribute(config, f"{config.parent}/undisturbed", single)[1])
 
 
 @pytest.fixture
@@ -72,18 +76,21 @@ def test_a_store_that_becomes_read_only_half_way_says_so(
 
 
 def test_a_server_that_stops_half_way_ends_the_run_with_one_line_and_the_run_goes_on_when_it_is_back(
-    config: Path, undisturbed: dict[str, str], moto_s3: str, monkeypatch: pytest.MonkeyPatch
+    config: Path, undisturbed: dict[str, str], moto_s3: str, tls: Tls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TDA_STORAGE_WAIT", "0.01")
-    server, local = os.environ["AWS_ENDPOINT_URL"], "cluster={workers=1}"
+    server = os.environ["AWS_ENDPOINT_URL"]
     with proxied(server, rate=0.0) as (url, proxy):
         use_s3(monkeypatch, url)
-        proxy.ends_after = 150
-        with pytest.raises(RunFailed, match=r"(cannot be reached|no answer from S3|[Cc]onnection).*kept in s3://.*resumes it") as caught:
-            attribute(config, f"{moto_s3}/store", local)
-        assert "\n" not in str(caught.value)
-        proxy.ends_after = None
-        _, run = attribute(config, f"{moto_s3}/store", local)
+        with open_cluster(ClusterSpec(workers=1, tls=tls)) as client:  # it knows the server from its environment
+            proxy.ends_after = 150
+            with pytest.raises(
+                RunFailed, match=r"(cannot be reached|no answer from S3|[Cc]onnection).*kept in s3://.*resumes it"
+            ) as caught:
+                attribute(config, f"{moto_s3}/store", at_address(client, tls))
+            assert "\n" not in str(caught.value)
+            proxy.ends_after = None
+            _, run = attribute(config, f"{moto_s3}/store", at_address(client, tls))
     use_s3(monkeypatch, server)
     assert digests(run) == undisturbed
     assert len(tda.list_runs(f"{moto_s3}/store")) == 1

@@ -60,14 +60,22 @@ def traced(file: Path, store: str, *overrides: str):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, single):
+def narrower(tmp_path_factory, single):
+    """The evaluation of one training: (folder, store, summary, the run's evaluation)."""
     folder = tmp_path_factory.mktemp("facts")
     store = f"file:{folder}/store"
-    return folder, store, *traced(written(folder), store, single)
+    return folder, store, *traced(written(folder), store, single, "evaluation.seeds=1")
+
+
+@pytest.fixture(scope="module")
+def done(narrower, single):
+    """The same of two trainings, in the same store."""
+    folder, store, *_ = narrower
+    return folder, store, *traced(folder / "facts.toml", store, single)
 
 
 def test_ranks_are_those_of_the_runs_scores(done):
-    _, store, summary, data = done
+    _, store, _, data = done
     assert data["method"].values.tolist() == LABELS
     problem = FactQuestions(**OPTIONS)
     ids = [problem.gold(q) for q in range(data.sizes["query"])]
@@ -81,7 +89,6 @@ def test_ranks_are_those_of_the_runs_scores(done):
                 share = np.mean([order.index(i) < 10 for i in gold])
                 assert data["gold_recall"].sel({"method": label})[seed, q] == pytest.approx(share)
     assert run.manifest["seeds"]["run"] == 1
-    assert summary.reused == []
 
 
 def test_the_league_is_of_the_reported_queries_and_the_damping_of_the_others(done):
@@ -115,16 +122,16 @@ def test_single_stage_scores_are_at_the_weights_that_the_chain_was_trained_to(do
     assert pretrained["problem"] == finetuned["problem"] == "tda.problems.facts:FactCorpus"
 
 
-def test_a_second_evaluation_takes_all_runs_and_a_third_training_alone_is_new(done, single):
-    folder, store, first, data = done
+def test_a_second_evaluation_takes_all_runs_and_another_training_alone_is_new(narrower, done, single):
+    (*_, before, narrow), (folder, store, first, data) = narrower, done
+    assert before.reused == []
+    assert len(first.reused) == 3
+    np.testing.assert_array_equal(data["gold_rank"][:, :1], narrow["gold_rank"])
     again, same = traced(folder / "facts.toml", store, single)
     assert again.url == first.url
     assert again.reused[-1] == "evaluation"
     assert len(again.reused) == 2 * 3 + 1
     assert same.identical(data)
-    more, wider = traced(folder / "facts.toml", store, single, "evaluation.seeds=3")
-    assert len(more.reused) == 2 * 3
-    np.testing.assert_array_equal(wider["gold_rank"][:, :2], data["gold_rank"])
 
 
 def test_the_command_prints_the_table(done, single, capsys):

@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -52,17 +54,48 @@ def here_only() -> dict[str, str]:
     return {}
 
 
-def test_nothing_of_a_local_cluster_listens_beyond_this_machine_or_speaks_without_tls() -> None:
+def test_nothing_of_a_local_cluster_listens_beyond_this_machine_or_speaks_without_its_own_certificates(tmp_path: Path, tls: Tls) -> None:
+    before = {(address.ip, address.port) for address in listening()}
     with open_cluster(ClusterSpec(workers=1)) as client:
-        assert client.scheduler.address.startswith("tls://127.0.0.1:")
-        family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        listening = [c.laddr for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        assert {address.ip for address in listening} == {"127.0.0.1"}
-        plain = client.scheduler.address.replace("tls:", "tcp:")
-        with pytest.raises(OSError, match=r"reset|closed|[Tt]imed out"):
-            Client(plain, timeout=1, set_as_default=False)
-        with pytest.raises((OSError, TypeError)):  # another pair than the cluster's own
-            Client(client.scheduler.address, timeout=1, set_as_default=False, security=Security.temporary())
+        addresses = [client.scheduler.address, *client.scheduler_info(n_workers=-1)["workers"]]
+        assert all(address.startswith("tls://127.0.0.1:") for address in addresses)
+        opened = {(address.ip, address.port) for address in listening()} - before
+        assert {ip for ip, _ in opened} == {"127.0.0.1"}
+        ports = {int(address.rpartition(":")[2]) for address in addresses}
+        assert ports < {port for _, port in opened}, "what is looked at is theirs"
+        own = written_pair(tmp_path, client.security)
+        for port in ports:
+            assert said(port, own) == "lets in"
+            assert said(port, tls) == "UNKNOWN_CA"
+            assert said(port, None) == "CERTIFICATE_REQUIRED"
+
+
+def listening() -> list[Any]:
+    """The addresses that this process and those it started listen at."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return [c.laddr for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+
+
+def written_pair(folder: Path, security: Security) -> Tls:
+    """The certificates of a client, which are kept in memory, as files."""
+    held = security.get_tls_config_for_role("client")
+    for name in ("ca_file", "cert", "key"):
+        (folder / name).write_text(held[name])
+    return Tls(ca=str(folder / "ca_file"), cert=str(folder / "cert"), key=str(folder / "key"))
+
+
+def said(port: int, pair: Tls | None) -> str:
+    """What a server answers to one who trusts it and shows a certificate, or none: "lets in", or by what name it refuses."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if pair is not None:
+        context.load_cert_chain(pair.cert, pair.key)
+    try:
+        with socket.create_connection((clusters_here.HOST, port), timeout=30) as plain, context.wrap_socket(plain) as wrapped:
+            assert wrapped.recv(1), "Dask begins to talk"
+            return "lets in"
+    except ssl.SSLError as error:  # in TLS 1.3 a server refuses after the handshake
+        return error.reason.partition("ALERT_")[2]
 
 
 def test_a_running_scheduler_is_reached_by_tls_with_files_and_not_without(tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,24 +63,21 @@ def _numbers(url: str, seed: int) -> str:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_fits_and_is_silent(tmp_path: Path, html: str, width: int, scheme: str) -> None:
-    from playwright.sync_api import sync_playwright
-
+def test_the_page_fits_and_is_silent(tmp_path: Path, browser: Any, html: str, width: int, scheme: str) -> None:
     (tmp_path / "report.html").write_text(html)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme).new_page()
-        complaints, requests = [], []
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.on("dialog", lambda dialog: complaints.append(dialog.message))
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.goto((tmp_path / "report.html").as_uri())
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        assert tab.locator("text=the Kronecker steps carry about 60%").first.is_visible()
-        shown, hidden = (tab.locator(f"#errors .of-{i}") for i in (0, 1))
-        assert (shown.is_visible(), hidden.is_visible()) == (True, False)
-        tab.locator('label[for="choose-1"]').click()
-        assert (shown.is_visible(), hidden.is_visible()) == (False, True)
-        assert complaints == []
-        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
-        browser.close()
+    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    tab = context.new_page()
+    complaints, requests = [], []
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on("dialog", lambda dialog: complaints.append(dialog.message))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto((tmp_path / "report.html").as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.locator("text=the Kronecker steps carry about 60%").first.is_visible()
+    shown, hidden = (tab.locator(f"#errors .of-{i}") for i in (0, 1))
+    assert (shown.is_visible(), hidden.is_visible()) == (True, False)
+    tab.locator('label[for="choose-1"]').click()
+    assert (shown.is_visible(), hidden.is_visible()) == (False, True)
+    assert complaints == []
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    context.close()
