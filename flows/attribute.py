@@ -22,7 +22,7 @@ from tasks.chain import Earlier
 from tasks.standing import NO_GPU, place, standing
 from tasks.subject import Subject
 from tda import location, schema
-from tda.device import Device, named
+from tda.device import named
 from tda.errors import InputError
 from tda.methods.sweep import expand, ranked
 
@@ -85,7 +85,7 @@ class OfProblem(Protocol):
     def options(self) -> str: ...
 
 
-def cluster_for(of: OfProblem, cluster: ClusterSpec, device: Device = "cpu") -> AbstractContextManager[Client]:
+def cluster_for(of: OfProblem, cluster: ClusterSpec, device: str = "cpu") -> AbstractContextManager[Client]:
     """A cluster whose workers have the problem, the device, and versions like those here."""
     if device == "cuda" and cluster.kind == "local" and named(device) == "cpu":
         raise InputError(NO_GPU.format("on this machine"))
