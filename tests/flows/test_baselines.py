@@ -73,7 +73,8 @@ def test_the_manifest_states_what_was_drawn_reused_and_damped(run: Run) -> None:
 
 
 def test_a_sound_run_is_verified_as_sound(run: Run) -> None:
-    """Also what was retrained, which grows with every run that shares it and never is complete."""
+    """Also what was retrained, which grows with every run that shares it: each block of it tells its own checksum."""
     found = check(run)
     assert [(each.folder, fault) for each in found for fault in each.faults] == []
-    assert [each.folder.split("/")[1] for each in found if each.note] == ["retrained"]
+    assert not any(each.note for each in found)
+    assert "retrained" in {each.folder.split("/")[1] for each in found}

@@ -124,7 +124,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_work_is_done(tmp_path: Path, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = load_config(write_config(tmp_path), ["device=cuda"])
     with pytest.raises(InputError, match=r'device = "cuda", and torch can use no GPU on this machine: `tda doctor` says why'):
-        flow.cluster_for(flow.request_of(config), config.cluster.spec())
+        flow.cluster_for(flow.request_of(config).subject, config.cluster.spec(), "cuda")
 
 
 def test_a_worker_without_the_gpu_that_a_run_asks_for_says_so_and_the_planning_process_needs_none(

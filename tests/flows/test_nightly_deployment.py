@@ -175,7 +175,7 @@ def test_a_worker_runs_a_firing_that_has_nothing_to_do_and_says_so(config: Path,
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         with get_client(sync_client=True) as client:
-            wait_until(lambda: bool(client.read_flow_run(made.id).end_time))
+            wait_until(lambda: bool(client.read_flow_run(made.id).end_time), seconds=180)
             ended = client.read_flow_run(made.id)
     finally:
         worker.terminate()
