@@ -227,6 +227,8 @@ class Cutter:
             return ProjectionJob(url, subjects[0], projection, examples, self.shard, self.batch)
         seed = self.seed if fit.of == "sampled" else 0
         common = self._common(subjects[0]) | ({"pooled": [s.weights for s in subjects]} if len(subjects) > 1 else {})
+        if fit.of == "sampled" and getattr(open_subject(subjects[0]).attributed.problem.likelihood, "reduction", "sum") == "mean":
+            common |= {"drawn": "sampled_loss"}  # apart from stored ones of when the loss itself was taken at drawn labels
         url = layout.artifact(store, "factors", fingerprint("factors", fisher=fit.of, seed=seed, shard=self.shard, **common))
         more = (self.request.products, self.tokens, self.request.layer_block)
         return FactorJob(url, subjects, fit.of, seed, examples, self.shard, self.batch, *more)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from tasks.directions import DirectionJob, read_directions, read_parts
 from tda.attributed import Attributed
 from tda.blocks import Block
 from tda.device import placed
-from tda.directions import HELD_BYTES, Direction, held
+from tda.directions import HELD_BYTES, SPOOL_BYTES, Direction, held
 from tda.spooled import Met, on_device, spooled
 
 
@@ -32,11 +32,14 @@ def asked(job: DirectionJob, ids: range, attributed: Attributed, times: int) -> 
     if len(ids) * attributed.dtype.itemsize * times * sum(block.size for block in blocks) <= HELD_BYTES:
         read = placed(read_directions(job, ids), attributed.device)
         return Asked([held(blocks, directions) for directions in read.passes], read.measurement, read.norms, read.kept)
-    return _spooled(job, ids, blocks, attributed.device)
+    return _spooled(job, ids, blocks, attributed.device, SPOOL_BYTES * job.parsed().passes // times)
 
 
-def _spooled(job: DirectionJob, ids: range, blocks: Sequence[Block], device: torch.device) -> Asked:
-    """One file for all passes: each stored object is read once, and let go before the next one is."""
+def _spooled(job: DirectionJob, ids: range, blocks: Sequence[Block], device: torch.device, limit: int) -> Asked:
+    """One file for all passes: each stored object is read once, and let go before the next one is.
+
+    limit: bytes of the file up to which terms become matrices, the method's share of what all of a run may take.
+    """
     measurements, norms = list[Tensor](), list[Tensor]()
 
     def parts() -> Iterator[list[Direction]]:
@@ -45,6 +48,6 @@ def _spooled(job: DirectionJob, ids: range, blocks: Sequence[Block], device: tor
             norms.append(part.norms)
             yield [direction for directions in part.passes for direction in directions]
 
-    found = [on_device(each, device) for each in spooled(blocks, parts(), len(ids), rank=job.parsed().rank)]
+    found = [on_device(each, device) for each in spooled(blocks, parts(), len(ids), rank=job.parsed().rank, limit=limit)]
     passes = [found[k : k + len(blocks)] for k in range(0, len(found), len(blocks))]
     return Asked(passes, torch.cat(measurements), torch.cat(norms).to(device))

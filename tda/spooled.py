@@ -21,7 +21,7 @@ from torch import Tensor
 from tda.blocks import Block
 from tda.costs import by_terms
 from tda.device import CPU, placed
-from tda.directions import ENDLESS, SPOOL_BYTES, Dense, Direction, Factored, count, dense, extend, padded, scaled, tensors
+from tda.directions import ENDLESS, SPOOL_BYTES, Dense, Direction, Factored, count, dense, extend, padded, scaled, take, tensors
 from tda.errors import InputError
 from tda.lowrank import keeps_full
 
@@ -167,20 +167,31 @@ def spooled(
     rows meet one by one are few numbers, and stay in memory.
     """
     spool, start = Spool(), 0
-    made: list[Met | None] = []
+    made: list[Met] = []
     for part in parts:
         each = [(blocks[k % len(blocks)], direction) for k, direction in enumerate(part)]
         size = sum(block.size * tensors(direction)[0].element_size() for block, direction in each)
         terms = rank if queries * size > limit else None
-        known = made or [_room(spool, block, direction, queries, terms) for block, direction in each]
-        made = [_put(k, d, start) if isinstance(k, Spooled) else extend(k, d, start, queries) for k, d in zip(known, part, strict=True)]
+        known: list[Met] | list[None] = made or [None] * len(part)
+        made = [_added(spool, block, k, d, start, queries, terms) for k, (block, d) in zip(known, each, strict=True)]
         start += count(part[0])
     assert start == queries, f"{start} directions of {queries}"
-    return [each for each in made if each is not None]
+    return made
+
+
+def _added(spool: Spool, block: Block, known: Met | None, part: Direction, start: int, queries: int, rank: int | None) -> Met:
+    """What is known of a block's directions, and `part` from place `start` on."""
+    if isinstance(known, Spooled):
+        return _put(known, part, start)
+    # Terms stay in memory while there are few in each part: a longer query's may be so many that all go to the file.
+    room = _room(spool, block, part, queries, rank)
+    if room is None:
+        return extend(known, part, start, queries)
+    return _put(room if known is None else _put(room, take(known, slice(start)), 0), part, start)
 
 
 def _room(spool: Spool, block: Block, part: Direction, queries: int, rank: int | None) -> Spooled | None:
-    """Room for a block's directions, the first of which are `part`: in `rank` terms where that is given; None: they stay in memory."""
+    """Room for a block's directions, `part` among them: in `rank` terms where that is given; None: these may stay in memory."""
     first = tensors(part)[0]
     size = block.size * first.element_size()
     if isinstance(part, Factored) and (block.form == "embedding" or _by_terms(part, block, queries)):

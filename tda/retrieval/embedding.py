@@ -26,6 +26,8 @@ from tda.products import fast_float32
 
 #: Documents that are compared with the queries at once: memory does not grow with their number.
 BLOCK = 16384
+#: MiB of distances at a time, beside which the choice of the nearest holds some four times as much: nor does it grow with the queries.
+WORKING_MIB = 32
 #: Files of a folder by which an encoder's numbers are determined.
 _CONTENT = (".json", ".txt", ".safetensors", ".model")
 
@@ -124,7 +126,8 @@ def nearest(queries: np.ndarray[Any, Any], documents: np.ndarray[Any, Any], k: i
     for start in range(0, documents.shape[0], BLOCK):
         # In float64 the same document twice has the same cosine twice, wherever a matrix product meets it.
         block = np.asarray(documents[start : start + BLOCK], dtype=np.float64)
-        parts = pairwise_distances_chunked(np.asarray(queries, dtype=np.float64), block, reduce_func=partial(_best, k=k), metric="cosine")
+        asked = np.asarray(queries, dtype=np.float64)
+        parts = pairwise_distances_chunked(asked, block, reduce_func=partial(_best, k=k), metric="cosine", working_memory=WORKING_MIB)
         place, cosine = (np.concatenate(each) for each in zip(*parts, strict=True))
         ids, cosines = np.concatenate([ids, place + start], 1), np.concatenate([cosines, cosine], 1)
         order = np.lexsort((ids, -cosines), axis=1)[:, :k]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tasks import factors
+import tda
+from tasks import factors, plan
 from tasks.factors import FactorJob
 from tasks.subject import Subject, open_subject
 from tda import checkpoint
@@ -16,7 +17,7 @@ from tda.curvature.eigen import Factor, eigenvalue_sums
 from tda.problem import load_problem
 from tda.stored_factors import load_factors
 from tests.flows.runs import objects, write_config
-from tests.tasks.jobs import fit
+from tests.tasks.jobs import fit, planned
 
 
 @pytest.fixture
@@ -131,3 +132,14 @@ def test_a_checkpoint_pooled_with_itself_is_itself(job: FactorJob) -> None:
         assert other.eigenvalues is not None
         assert torch.allclose(one.eigenvalues, other.eigenvalues, rtol=1e-9)
         assert torch.allclose(one.kronecker, other.kronecker, rtol=1e-9, atol=1e-12 * float(one.kronecker.max()))
+
+
+def test_sampled_factors_of_a_mean_are_no_others_that_a_store_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients at drawn labels were once of the mean itself; nothing else of the fit tells these factors apart."""
+    before = planned(tmp_path / "config", f"{tmp_path}/store")
+    problem = open_subject(before.first.subject).attributed.problem
+    for reduction, same in (("sum", [True, True]), ("mean", [False, True])):
+        monkeypatch.setattr(problem, "likelihood", tda.TokenCategorical(reduction=reduction), raising=False)
+        fits = plan.plan(before.request, before.inputs).first.fits
+        assert [(fits[key].url == job.url) for key, job in before.first.fits.items()] == same
+        assert [getattr(job, "fisher", "") for job in before.first.fits.values()] == ["sampled", "exact"]

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -131,6 +132,21 @@ def test_documents_of_one_cosine_come_by_id_also_at_the_last_places(monkeypatch)
             assert row.tolist() == np.flatnonzero((documents == kind).all(1))[:40].tolist()
         assert (cosines[:4] == cosines[:4, :1]).all()
         assert (np.diff(cosines) <= 0).all()
+
+
+def test_memory_does_not_grow_with_the_queries(monkeypatch):
+    monkeypatch.setattr(embedding, "WORKING_MIB", 1)
+    generator = np.random.default_rng(0)
+    queries, documents = (generator.normal(size=(n, 4)).astype(np.float32) for n in (4000, 1000))
+    nearest(queries[:2], documents, 3)  # imports
+    tracemalloc.start()
+    try:
+        ids, _ = nearest(queries, documents, 3)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert ids.shape == (4000, 3)
+    assert most < 8 << 20, "a quarter of all distances"
 
 
 def test_a_digest_follows_the_weights_and_the_pooling(tmp_path):

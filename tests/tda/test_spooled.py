@@ -82,6 +82,16 @@ def test_terms_that_rows_meet_one_by_one_stay_in_memory() -> None:
     assert torch.equal(made.left, one.left)
 
 
+@pytest.mark.parametrize("later", ["terms", "matrices"])
+def test_queries_of_many_terms_after_those_of_few_all_go_to_the_file(later: str) -> None:
+    block = Block("layer", "linear", "linear", "kronecker", 1, 30, 40, "weight", None, ((30, 40),))
+    few, many = (Factored(torch.randn(n, rank, 1, 30), torch.randn(n, rank, 1, 40)) for n, rank in ((3, 2), (2, 25)))
+    parts = [few, many if later == "terms" else Dense(dense(many)), few]
+    (made,) = spooled.spooled([block], [[part] for part in parts], 8)
+    assert isinstance(made, spooled.Spooled)
+    torch.testing.assert_close(torch.cat([dense(part) for part in made.parts()]), torch.cat([dense(part) for part in parts]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_numbers_keep_their_bits(dtype: torch.dtype) -> None:
     block = Block("layer", "linear", "linear", "kronecker", 2, 3, 5, "weight", None, ((6, 5),))
@@ -92,7 +102,7 @@ def test_numbers_keep_their_bits(dtype: torch.dtype) -> None:
 
 
 def test_memory_holds_a_part_at_a_time() -> None:
-    """Resident memory of this process, while 96 MiB are read in parts of 8."""
+    """Resident memory of this process, while 96 MiB that came in parts of 8 are read."""
 
     def resident() -> int:
         with open("/proc/self/statm") as file:  # noqa: PTH123
