@@ -126,7 +126,7 @@ def _problem(run: Run) -> Problem | None:
 
 def plain(text: str, longest: int | None = LONGEST_TEXT) -> str:
     """A text that Markdown shows as it is, on one line: a training example may hold anything."""
-    line = " ".join(text.split())
+    line = " ".join(masked(text).split())  # before anything is escaped or cut, which would hide a secret from the mask
     if longest is not None and len(line) > longest:
         line = line[: longest - 1] + "…"
     return _MARKDOWN.sub(r"\\\1", html.escape(line, quote=False))

@@ -75,16 +75,30 @@ def repair(run: Run, found: Sequence[Checked], command: str, workers: int | None
                     raise
                 for folder in again:
                     aside.put_back(run.store, folder)
-                publish.complete(run.url, {key: value for key, value in run.manifest.items() if key != "repairing"})
+                _finish(run)
                 raise
-    now = verify.digests(run.store, [Checked(folder, 0, 0) for folder in before])
+            others = _settled(run.store, before, again)
+            _finish(run)  # last: who is killed before it is told the same again
+    return others
+
+
+def _settled(store: str, before: dict[str, str], again: dict[str, list[str]]) -> list[str]:
+    """Delete what was set aside and is as it was again; the artifacts that are not."""
+    now = verify.digests(store, [Checked(folder, 0, 0) for folder in before])
     others = [folder for folder, digest in before.items() if now.get(folder) != digest]
     for folder, damaged in again.items():
-        if aside.is_same(run.store, folder, damaged):
-            aside.drop(run.store, folder)
-        elif folder not in others:
+        if aside.is_same(store, folder, damaged):
+            aside.drop(store, folder)
+            continue
+        aside.keep(store, folder)
+        if folder not in others:
             others.append(folder)
     return others
+
+
+def _finish(run: Run) -> None:
+    """Turn a run complete as it was."""
+    publish.complete(run.url, {key: value for key, value in run.manifest.items() if key != "repairing"})
 
 
 def _is_final(error: Exception) -> bool:
@@ -99,20 +113,19 @@ def _taken_away(run: Run, broken: Sequence[Checked]) -> dict[str, list[str]]:
     The artifacts that were set aside, now or by an earlier try, with the names of what is damaged of each.
     """
     artifacts = [f"artifacts/{name}" for name in run.manifest.get("artifacts", [])]
-    again: dict[str, list[str]] = {folder: [] for folder in aside.pending(run.store, artifacts)}
+    again = aside.pending(run.store, artifacts)
     for each in broken:
         if verify.by_object(each.folder):
             verify.take_away(run.store, each)
         else:
-            again[each.folder] = [fault.name for fault in each.faults]
-            aside.set_aside(run.store, each.folder)
+            again[each.folder] = aside.set_aside(run.store, each.folder, [fault.name for fault in each.faults])
     return again
 
 
 @flow(name="repair", validate_parameters=False)
 @guarded
 def mend(config: dict[str, Any], run_url: str, lost: list[str], again: dict[str, list[str]]) -> None:
-    """Compute what of a run is not there, and turn it complete as it was.
+    """Compute what of a run is not there.
 
     lost: the names of the run's objects that were taken away; again: the artifacts that were set aside, with what is damaged of them.
     """
@@ -136,7 +149,6 @@ def mend(config: dict[str, Any], run_url: str, lost: list[str], again: dict[str,
             publish.write_page(decided, run_url, {key: value for key, value in manifest.items() if key not in added})
         if checksums.NAME in lost:
             _restore_sums(decided, run_url, session, manifest)
-    publish.complete(run_url, {key: value for key, value in manifest.items() if key != "repairing"})
 
 
 def _other_weights(run_url: str, store: str, folder: str, damaged: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """Making an artifact again without losing what is intact of it: it is set aside, and deleted once the new one is known to be the same.
 
     <store>/aside/artifacts/<kind>/<fingerprint>/objects/...     what was there
-    <store>/aside/artifacts/<kind>/<fingerprint>/aside.json      how far this has come: copied, cleared (may be made again), returning
+    <store>/aside/artifacts/<kind>/<fingerprint>/aside.json      how far this has come: copied, cleared (may be made again), returning, kept
+                                                                 (for whoever wants it); and which of the objects are damaged
 
 Each step may be killed, and is finished by the next call.
 """
@@ -22,27 +23,35 @@ def place(store: str, folder: str) -> str:
     return location.join(store, "aside", folder)
 
 
-def pending(store: str, folders: Iterable[str]) -> list[str]:
-    """Those of some artifacts that an earlier try set aside."""
-    found = list(folders)
-    told = location.read_json_many([location.join(place(store, folder), "aside.json") for folder in found])
-    return [folder for folder, one in zip(found, told, strict=True) if one is not None]
+def pending(store: str, folders: Iterable[str]) -> dict[str, list[str]]:
+    """Those of some artifacts that an earlier try set aside and did not come to an end with; with what is damaged of each."""
+    found = {folder: _told(place(store, folder)) for folder in folders}
+    return {folder: damaged for folder, (step, damaged) in found.items() if step not in ("", "kept")}
 
 
-def set_aside(store: str, folder: str) -> None:
-    """Copy an artifact, then delete it, so that it is made again. What an earlier try set aside stays as it is."""
+def set_aside(store: str, folder: str, damaged: Sequence[str] = ()) -> list[str]:
+    """Copy an artifact, then delete it, so that it is made again. What an earlier try set aside stays as it is.
+
+    damaged: names of objects that are not what they should be. Those of what was set aside, now or by an earlier try: what that left in
+    the artifact's place does not show them any more.
+    """
     url, aside = location.join(store, folder), place(store, folder)
-    if _step(aside) == "returning":
+    step, known = _told(aside)
+    names = known if step else list(damaged)
+    if step == "returning":
         put_back(store, folder)
-    if _step(aside) == "cleared":
+        step = ""
+    if step in ("cleared", "kept"):
         if location.exists(location.join(url, "complete.json")):  # made again since, and damaged since
             _clear(url)
-        return
-    if _step(aside) != "copied":
+        _note(aside, "cleared", names)
+        return names
+    if step != "copied":
         _copy(url, location.join(aside, "objects"))
-        _note(aside, "copied")
+        _note(aside, "copied", names)
     _clear(url)
-    _note(aside, "cleared")
+    _note(aside, "cleared", names)
+    return names
 
 
 def is_same(store: str, folder: str, damaged: Sequence[str]) -> bool:
@@ -61,6 +70,12 @@ def is_same(store: str, folder: str, damaged: Sequence[str]) -> bool:
     return all(name in new and new[name] == checksums.of(location.read_bytes(location.join(objects, name))) for name in known)
 
 
+def keep(store: str, folder: str) -> None:
+    """Leave what was set aside to whoever wants it: what was made again is another, and stays."""
+    aside = place(store, folder)
+    _note(aside, "kept", _told(aside)[1])
+
+
 def drop(store: str, folder: str) -> None:
     """Delete what was set aside."""
     storage.delete_tree(place(store, folder))
@@ -69,19 +84,20 @@ def drop(store: str, folder: str) -> None:
 def put_back(store: str, folder: str) -> None:
     """Bring an artifact back as it was, damage and all."""
     url, aside = location.join(store, folder), place(store, folder)
-    _note(aside, "returning")
+    _note(aside, "returning", _told(aside)[1])
     _clear(url)
     _copy(location.join(aside, "objects"), url)
     drop(store, folder)
 
 
-def _step(aside: str) -> str:
-    told = location.read_json_many([location.join(aside, "aside.json")])[0]
-    return str((told or {}).get("step", ""))
+def _told(aside: str) -> tuple[str, list[str]]:
+    """The step, "" where there is none, and the names of what is damaged."""
+    told = location.read_json_many([location.join(aside, "aside.json")])[0] or {}
+    return str(told.get("step", "")), list(told.get("damaged", []))
 
 
-def _note(aside: str, step: str) -> None:
-    storage.write_json(location.join(aside, "aside.json"), {"step": step})
+def _note(aside: str, step: str, damaged: Sequence[str]) -> None:
+    storage.write_json(location.join(aside, "aside.json"), {"step": step, "damaged": list(damaged)})
 
 
 def _clear(url: str) -> None:

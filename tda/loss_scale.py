@@ -26,7 +26,7 @@ def powers(seed: Tensor, scale: float) -> Tensor:
 
     1 where all of it is 0, or where it is not finite.
     """
-    largest = seed.detach().abs().flatten(1).amax(1) if seed.numel() else seed.new_zeros(len(seed))
+    largest = seed.detach().abs().reshape(len(seed), -1).amax(1) if seed.numel() else seed.new_zeros(len(seed))
     sound = (largest > 0) & largest.isfinite()
     exponents = torch.frexp(torch.where(sound, largest, 1.0)).exponent
     found = torch.ldexp(torch.full_like(largest, scale), -exponents)

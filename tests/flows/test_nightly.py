@@ -179,6 +179,12 @@ def test_text_of_an_example_is_text_in_the_table() -> None:
     assert len(nightly_told.plain("x" * 500)) == nightly_told.LONGEST_TEXT
 
 
+def test_a_secret_in_a_training_text_is_masked_before_marks_are_escaped_or_the_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "correct-horse_battery.staple-and-so-on-and-on")
+    shown = nightly_told.plain("psql https://me:hunter2@host correct-horse_battery.staple-and-so-on-and-on").replace("\\", "")
+    assert shown == "psql https://***@host ***"
+
+
 def test_the_command_needs_a_server_that_stays_and_says_how_to_have_one(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+import tda
+from flows import repair
 from flows.cli import status
+from tasks import aside
 from tests.flows.runs import PROBLEM, attribute, objects, write_config
 
 CONFIG = """
@@ -19,16 +22,25 @@ def kept(store: Path) -> dict[str, bytes]:
     return {name: data for name, data in objects(str(store)).items() if not name.endswith(("begun.json", "seconds.json"))}
 
 
-def test_weights_that_training_does_not_give_again_are_put_back_and_the_message_says_how_to_go_on(
-    single: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rate, store = tmp_path / "rate", tmp_path / "store"
+def trained_at_a_rate(folder: Path, single: str) -> tuple[Path, Path]:
+    """A file that holds the learning rate of a problem's fit, which no digest covers, and the store of a run with 0.1."""
+    rate, store = folder / "rate", folder / "store"
     rate.write_text("0.1")
     unseeded = PROBLEM.replace(
         "torch.optim.SGD(model.parameters(), 0.1)", f"torch.optim.SGD(model.parameters(), float(Path('{rate}').read_text()))"
     )
-    config = write_config(tmp_path / "config", CONFIG, unseeded)
-    attribute(config, str(store), single)
+    attribute(write_config(folder / "config", CONFIG, unseeded), str(store), single)
+    return rate, store
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_weights_that_training_does_not_give_again_are_put_back_and_the_message_says_how_to_go_on(
+    single: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate, store = trained_at_a_rate(tmp_path, single)
     before = kept(store)
     (marker,) = store.glob("artifacts/checkpoint/*/complete.json")
     for name in ("notes.txt", "steps/mine.safetensors"):
@@ -50,4 +62,29 @@ def test_weights_that_training_does_not_give_again_are_put_back_and_the_message_
 
     rate.write_text("0.1")
     assert status(["verify", "--repair", "--store", str(store)]) == 0
+    assert kept(store) == before
+
+
+def test_a_repair_killed_while_it_trains_calls_no_damaged_weights_intact_and_one_killed_at_its_end_is_not_done(
+    single: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate, store = trained_at_a_rate(tmp_path, single)
+    before, run = kept(store), tda.open_run(store).id
+    (weights,) = store.glob("artifacts/checkpoint/*/weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-9])
+    damaged = kept(store)
+    rate.write_text("0.2")
+    with monkeypatch.context() as patch:
+        patch.setattr(repair, "mend", killed)
+        assert status(["verify", run, "--repair", "--store", str(store)]) == 130
+    assert status(["verify", run, "--repair", "--store", str(store)]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("delete that folder, and run the configuration anew")
+    assert kept(store) == damaged
+
+    rate.write_text("0.1")
+    with monkeypatch.context() as patch:
+        patch.setattr(aside, "drop", killed)
+        assert status(["verify", run, "--repair", "--store", str(store)]) == 130
+    assert status(["verify", run, "--store", str(store)]) == 1
+    assert status(["verify", run, "--repair", "--store", str(store)]) == 0
     assert kept(store) == before

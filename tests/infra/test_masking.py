@@ -34,6 +34,11 @@ def test_secrets_in_urls_are_masked_and_the_rest_stays(text: str, shown: str) ->
     assert masking.masked(text) == shown
 
 
+def test_masking_a_long_text_takes_as_long_as_reading_it() -> None:
+    encoded = "a" * 300_000  # an error may quote an image; by the square of this, the test would take minutes
+    assert masking.masked(f"{encoded} ftp://me@host") == f"{encoded} ftp://***@host"
+
+
 def test_values_of_the_environment_that_are_named_like_secrets_are_masked_but_not_paths(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GITHUB_TOKEN", "DB_PASSWORD", "WANDB_API_KEY"):
         monkeypatch.setenv(name, f"value-of-{name.lower()}")

@@ -33,8 +33,8 @@ def spoil(store: str, name: str) -> None:
 def test_what_is_made_again_to_the_same_bytes_replaces_what_was_damaged(store: str, name: str) -> None:
     before = objects(store)
     spoil(store, name)
-    aside.set_aside(store, FOLDER)
-    assert aside.pending(store, [FOLDER, "artifacts/other/x"]) == [FOLDER]
+    aside.set_aside(store, FOLDER, [name])
+    assert aside.pending(store, [FOLDER, "artifacts/other/x"]) == {FOLDER: [name]}
     make(store)
     assert aside.is_same(store, FOLDER, [name])
     aside.drop(store, FOLDER)
@@ -51,7 +51,34 @@ def test_other_weights_are_noticed_and_everything_is_put_back_as_it_was(store: s
     assert not aside.is_same(store, FOLDER, [name])
     aside.put_back(store, FOLDER)
     assert objects(store) == before
-    assert aside.pending(store, [FOLDER]) == []
+    assert aside.pending(store, [FOLDER]) == {}
+
+
+def test_what_is_damaged_of_what_was_set_aside_is_known_to_every_later_try(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(store, "weights.safetensors")
+    aside.set_aside(store, FOLDER, ["weights.safetensors"])
+    assert aside.set_aside(store, FOLDER, ["complete.json"]) == ["weights.safetensors"], "all is gone from its place: that is no damage"
+    make(store, weights=b"others")
+    with monkeypatch.context() as patch:
+        patch.setattr(aside, "_copy", raising)
+        with pytest.raises(KeyboardInterrupt):
+            aside.put_back(store, FOLDER)
+    assert aside.pending(store, [FOLDER]) == {FOLDER: ["weights.safetensors"]}
+    assert aside.set_aside(store, FOLDER, ["complete.json"]) == ["weights.safetensors"]
+
+
+def raising(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_is_kept_for_whoever_wants_it_concerns_no_later_repair(store: str) -> None:
+    before = objects(store)
+    aside.set_aside(store, FOLDER, ["weights.safetensors"])
+    make(store, weights=b"others")
+    aside.keep(store, FOLDER)
+    assert aside.pending(store, [FOLDER]) == {}
+    kept = {name.partition("/objects/")[2]: data for name, data in objects(f"{store}/aside").items() if "/objects/" in name}
+    assert kept == {name.removeprefix(f"{FOLDER}/"): data for name, data in before.items()}
 
 
 @pytest.mark.parametrize("step", [aside.set_aside, aside.put_back])

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from flows.config import RunConfig
-from tda import Categorical, capture
+from tda import Bernoulli, Categorical, capture
 from tda.blocks import example_gradients
 from tda.errors import InputError
 from tda.loss_scale import SCALE, powers
@@ -65,6 +65,15 @@ def test_gradients_do_not_depend_on_the_examples_beside_them():
     together = gradients(short, range(6))
     for i in range(6):
         assert torch.equal(gradients(short, [i])[0], together[i])
+
+
+def test_outputs_may_be_one_number_each():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    train = [(torch.randn(4), torch.tensor(1.0)) for _ in range(5)]
+    plain = inspect(Given(model, Bernoulli(), train, train), model, train)
+    wanted = gradients(plain, range(5))
+    assert float((gradients(replace(plain, autocast=torch.float16), range(5)) - wanted).norm() / wanted.norm()) < 0.01
 
 
 def test_an_overflow_is_refused_naming_the_example_and_the_way_out():
