@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from flows import command_nightly, command_plan, command_prune
 from flows.arguments import DEFAULT_STORE, Config, OtherStore, Overrides, RunId, Store, readable, same
 from flows.command_verify import verify
+from infra import interrupts
 from infra.masking import mask_logs, masked
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def main() -> None:
     """Entry point: run a command and turn every expected error into one line on standard error."""
     atexit.register(gc.freeze)  # else the interpreter spends seconds on a last collection of torch, Prefect and Dask
     mask_logs()
+    interrupts.hear()
     sys.exit(status(sys.argv[1:]))
 
 

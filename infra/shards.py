@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from infra import interrupts
+
 if TYPE_CHECKING:
     from distributed import Client, Future
 
@@ -85,6 +87,7 @@ def run_shards(
     try:
         send()
         while pending:
+            interrupts.check()
             # Held until it is read: a result is lost when its worker dies before that, and is then computed again.
             future, position = pending[next(completed).key]
             results[position] = _result(future, stage, position)
