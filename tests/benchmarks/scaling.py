@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 #: While the scheduler takes in 100,000 shards at once on a busy machine, it answers nobody for longer than Dask would wait.
 PATIENT = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "600s", "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "600s"}
 #: Products of matrices so large that nothing but the processor limits a shard.
-WIDTH, PRODUCTS, SHARDS, ROUNDS = 512, 200, 40, 3
+WIDTH, PRODUCTS, SHARDS, ROUNDS = 512, 200, 20, 1
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def compute(seed: int) -> float:
 
 
 def throughput() -> None:
-    """Shards a second at 1 and 2 workers of one thread, in turns; the best of each."""
+    """Shards a second at 1 and 2 workers of one thread, in turns; the best of each round."""
     found: dict[tuple[str, int], float] = {}
     for _ in range(ROUNDS):
         for told, rate in (("without Dask", plain), ("with Dask", clustered)):
